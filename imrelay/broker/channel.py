@@ -1,0 +1,191 @@
+"""A blocking face on a channel of pika's GeventConnection.
+
+pika calls back in the hub, where nothing may block; a greenlet that uses this face simply waits. Requests are
+pipelined: all methods of one `call` go out together and take one round trip, `channel.open` among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gevent.event import AsyncResult
+from pika import spec
+from pika.amqp_object import Method
+from pika.channel import Channel as PikaChannel
+from pika.exceptions import AMQPError, ChannelClosedByBroker, ChannelClosedByClient
+
+from imrelay.broker.connection import Connection, Wire, describe
+from imrelay.errors import ChannelLost
+
+__all__ = ["Channel"]
+
+#: What the broker answers to each method that we send and wait for (AMQP 0-9-1, section 1.7).
+_REPLIES: dict[type[Method], type[Method]] = {
+    spec.Basic.Cancel: spec.Basic.CancelOk,
+    spec.Basic.Consume: spec.Basic.ConsumeOk,
+    spec.Basic.Qos: spec.Basic.QosOk,
+    spec.Confirm.Select: spec.Confirm.SelectOk,
+    spec.Exchange.Bind: spec.Exchange.BindOk,
+    spec.Exchange.Declare: spec.Exchange.DeclareOk,
+    spec.Queue.Bind: spec.Queue.BindOk,
+    spec.Queue.Declare: spec.Queue.DeclareOk,
+    spec.Queue.Delete: spec.Queue.DeleteOk,
+    spec.Queue.Purge: spec.Queue.PurgeOk,
+}
+
+#: (basic.deliver, properties, body)
+OnDelivery = Callable[[spec.Basic.Deliver, spec.BasicProperties, bytes], None]
+
+
+class _WireChannel(PikaChannel):  # type: ignore[misc]
+    """pika's channel with one road for all its deliveries: no look-up by consumer tag, no checks on the way."""
+
+    on_delivery: OnDelivery | None = None
+
+    def _on_deliver(self, method_frame: Any, header_frame: Any, body: bytes) -> None:
+        if self.on_delivery is not None:
+            self.on_delivery(method_frame.method, header_frame.properties, body)
+
+
+Wire.channel_class = _WireChannel
+
+
+class Channel:
+    """One AMQP channel, owned by one greenlet; what is called from the hub says so.
+
+    `on_delivery`, `on_cancel` (the broker has ended a consumer: `basic.cancel`) and `on_lost` are called in the
+    hub and may only hand over. `on_lost` is called once, whoever ended the channel, unless `close` did.
+    """
+
+    __slots__ = ("_awaited", "_connection", "_on_lost", "_pika", "_replies", "lost")
+
+    def __init__(
+        self,
+        connection: Connection,
+        *,
+        on_delivery: OnDelivery | None = None,
+        on_cancel: Callable[[], None] | None = None,
+        on_lost: Callable[[ChannelLost], None] | None = None,
+    ) -> None:
+        """Begin to open the channel; the first `call` finds out whether that worked. Raises `ChannelLost`."""
+        #: Why the channel ended; None while it has not.
+        self.lost: ChannelLost | None = None
+        self._connection = connection
+        self._on_lost = on_lost
+        self._replies: list[Method] = []
+        self._awaited: AsyncResult | None = None
+        self._pika = connection.open_channel()
+        connection.channels += 1
+        self._pika.on_delivery = on_delivery
+        self._pika.add_on_close_callback(self._on_close)
+        if on_cancel is not None:
+            self._pika.add_on_cancel_callback(lambda frame: on_cancel())
+
+    def call(self, *methods: Method) -> list[Method]:
+        """Send the methods and block until the broker has answered each that is not `nowait`.
+
+        Returns the answers in that order. Raises `ChannelLost`, with the broker's reply code where it refused one.
+        """
+        if self.lost is not None:
+            raise self.lost
+        expected: list[type[Method]] = []
+        self._replies = []
+        self._awaited = AsyncResult()
+        try:
+            for method in methods:
+                if not getattr(method, "nowait", False):
+                    reply = _REPLIES[type(method)]
+                    self._pika.add_callback(self._on_reply, [reply])
+                    expected.append(reply)
+                self._pika._send_method(method)
+            while len(self._replies) < len(expected):
+                self._awaited.get()
+                self._awaited = AsyncResult()
+            return _in_order(expected, self._replies)
+        except AMQPError as exc:
+            raise self.lost or ChannelLost(describe(exc)) from exc
+        finally:
+            self._awaited = None
+
+    def send(self, method: Method) -> None:
+        """Send a method that has no answer; does nothing on a lost channel. May be called from the hub."""
+        if self.lost is None and self._pika.is_open:
+            self._pika._send_method(method)
+
+    def ack(self, tag: int) -> None:
+        """Acknowledge all deliveries up to `tag` (`basic.ack`, multiple); on a lost channel they are void."""
+        self.send(spec.Basic.Ack(tag, True))
+
+    def confirm(
+        self,
+        on_confirm: Callable[[int, bool, bool], None],
+        on_return: Callable[[str | None], None],
+    ) -> None:
+        """Turn on publisher confirms (`confirm.select`) and block until that is done.
+
+        In the hub, `on_confirm` gets (delivery tag, multiple, whether it was a `basic.ack`), and `on_return` the
+        message id of what `mandatory` sent back.
+        """
+        self._pika.add_callback(
+            lambda frame: on_confirm(frame.method.delivery_tag, frame.method.multiple, True),
+            [spec.Basic.Ack],
+            False,
+        )
+        self._pika.add_callback(
+            lambda frame: on_confirm(frame.method.delivery_tag, frame.method.multiple, False),
+            [spec.Basic.Nack],
+            False,
+        )
+        self._pika.add_on_return_callback(
+            lambda channel, method, properties, body: on_return(properties.message_id)
+        )
+        self.call(spec.Confirm.Select())
+
+    def publish(self, exchange: str, key: str, body: bytes, properties: spec.BasicProperties) -> None:
+        """Publish with `mandatory`; returns at once. Raises `ChannelLost`."""
+        if self.lost is not None:
+            raise self.lost
+        try:
+            self._pika._send_method(
+                spec.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True), (properties, body)
+            )
+        except AMQPError as exc:
+            raise ChannelLost(describe(exc)) from exc
+
+    def close(self) -> None:
+        """Close the channel: what was not acknowledged goes back to its queue. Returns at once; idempotent."""
+        if self.lost is not None:
+            return
+        self._on_lost = None
+        self._pika.on_delivery = None
+        try:
+            self._pika.close()
+        except AMQPError:  # it is on its way to be closed by the other side
+            self._end(ChannelLost("closed"))
+
+    def _on_reply(self, frame: Any) -> None:
+        self._replies.append(frame.method)
+        if self._awaited is not None:
+            self._awaited.set()
+
+    def _on_close(self, channel: PikaChannel, reason: Exception) -> None:
+        code = reason.reply_code if isinstance(reason, ChannelClosedByBroker) else 0
+        self._end(ChannelLost("closed" if isinstance(reason, ChannelClosedByClient) else describe(reason), code))
+
+    def _end(self, lost: ChannelLost) -> None:
+        if self.lost is not None:
+            return
+        self.lost = lost
+        self._connection.channels -= 1
+        self._pika.on_delivery = None
+        if self._awaited is not None:
+            self._awaited.set_exception(lost)
+        if self._on_lost is not None:
+            self._on_lost(lost)
+
+
+def _in_order(expected: Sequence[type[Method]], replies: list[Method]) -> list[Method]:
+    """Sort answers by what was asked: RabbitMQ's queues send `basic.consume-ok` when they get round to it."""
+    left = list(replies)
+    return [left.pop(next(i for i, reply in enumerate(left) if type(reply) is kind)) for kind in expected]

@@ -1,0 +1,290 @@
+"""A keeper for one AMQP connection: it opens it, watches it, and opens it again when it was lost.
+
+CONNECTING --> OPEN <--> BLOCKED        BLOCKED: the broker has raised an alarm (connection.blocked)
+    |  ^         |          |           and reads nothing that is published
+    v  |         v          v
+  WAITING <-------- lost --------       WAITING: a pause of random length before the next attempt
+any of them --> CLOSED                  for good, by `close`
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import random
+from collections.abc import Callable, Sequence
+
+import gevent
+import pika
+from gevent.event import Event
+from pika.adapters.gevent_connection import GeventConnection, _GeventSelectorIOLoop
+from pika.channel import Channel as PikaChannel
+from pika.exceptions import AMQPError, ChannelClosed, ConnectionClosed
+
+from imrelay.config import hide_password
+from imrelay.errors import ChannelLost
+
+__all__ = ["Connection", "State", "Wire"]
+
+logger = logging.getLogger(__name__)
+
+#: Longest pause before an attempt to connect, in seconds; the first is at most `_FIRST_PAUSE`.
+_LONGEST_PAUSE = 15.0
+_FIRST_PAUSE = 0.25
+#: Time for TCP, TLS and the AMQP handshake together, in seconds.
+_CONNECT_TIMEOUT = 15.0
+
+
+class State(enum.Enum):
+    """Where the life of a broker connection stands."""
+
+    CONNECTING = "connecting"
+    OPEN = "open"
+    BLOCKED = "blocked"
+    WAITING = "waiting"
+    CLOSED = "closed"
+
+
+class Wire(GeventConnection):  # type: ignore[misc]
+    """pika's connection with two changes: one write for all frames of a turn of the loop, and our channels.
+
+    pika writes each publish in three pieces and closes and makes its write watcher anew for every one of them;
+    joined, many messages share one system call.
+    """
+
+    #: Makes the channels of this wire: called with (wire, number, on_open_callback).
+    channel_class: type[PikaChannel] = PikaChannel
+
+    def __init__(self, parameters: pika.URLParameters, **callbacks: Callable[..., None]) -> None:
+        self._unsent: list[bytes] = []
+        super().__init__(parameters, custom_ioloop=_ioloop(), **callbacks)
+
+    def _create_channel(self, channel_number: int, on_open_callback: Callable[..., None] | None) -> PikaChannel:
+        return self.channel_class(self, channel_number, on_open_callback)
+
+    def _adapter_emit_data(self, data: bytes) -> None:
+        if not self._unsent:
+            gevent.get_hub().loop.run_callback(self._flush)
+        self._unsent.append(data)
+
+    def _flush(self) -> None:
+        data = b"".join(self._unsent)
+        self._unsent.clear()
+        if self._transport is not None:
+            self._transport.write(data)
+
+
+_loops: dict[gevent.hub.Hub, _GeventSelectorIOLoop] = {}
+
+
+def _ioloop() -> _GeventSelectorIOLoop:
+    """Return the one pika loop of this hub: a new one per attempt to connect would leak a pipe each."""
+    hub = gevent.get_hub()
+    if hub not in _loops:
+        _loops.clear()  # another hub means that this is a child after a fork
+        _loops[hub] = _GeventSelectorIOLoop(hub)
+    return _loops[hub]
+
+
+class Connection:
+    """One AMQP connection that comes back by itself until it is closed.
+
+    `urls` is asked before each attempt, so that a broker may move; the URLs it returns are tried in turn.
+    `heartbeat` is in seconds. `on_state` is called in the hub or the keeper after each change; it may not block.
+    """
+
+    def __init__(
+        self,
+        urls: Callable[[], Sequence[str]],
+        *,
+        name: str,
+        heartbeat: int,
+        on_state: Callable[[State], None] | None = None,
+    ) -> None:
+        self.name = name
+        #: Channels that are open or on their way to be, whoever owns them.
+        self.channels = 0
+        #: Why it is not open, as one sentence without a password.
+        self.problem = "not connected yet"
+        self.state = State.WAITING
+        self._urls = urls
+        self._heartbeat = heartbeat
+        self._on_state = on_state
+        self._wire: Wire | None = None
+        self._open = Event()
+        self._ended = Event()
+        self._pause = Event()
+        self._number = 0
+        self._tries = 0
+        self._keeper: gevent.Greenlet | None = None
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        if self._keeper is None and self.state is not State.CLOSED:
+            self._keeper = gevent.spawn(self._run_keeper)
+            self._keeper.name = f"keeper:{self.name}"
+
+    def close(self, timeout: float = 2.0) -> None:
+        """Close it for good, with the AMQP handshake if the broker answers within `timeout` seconds."""
+        if self.is_closed:
+            return
+        self._set_state(State.CLOSED, "closed")
+        self._pause.set()
+        wire = self._wire
+        if wire is not None and not (wire.is_closed or wire.is_closing):
+            try:
+                wire.close()
+            except AMQPError:
+                logger.debug("%s: closing found it closed", self.name)
+            if not self._ended.wait(timeout) and not wire.is_closed:
+                wire._terminate_stream(ChannelLost("the broker did not answer connection.close in time"))
+                self._ended.wait(timeout)
+        if self._keeper is not None and self._keeper is not gevent.getcurrent():
+            self._keeper.join(timeout)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.state is State.CLOSED
+
+    @property
+    def is_open(self) -> bool:
+        """Whether channels can be opened now."""
+        return self.state in (State.OPEN, State.BLOCKED)
+
+    @property
+    def channel_max(self) -> int:
+        """Channels that the broker allows on this connection; what pika asks for while there is none."""
+        wire = self._wire
+        return int(wire.params.channel_max) if wire is not None and wire.is_open else pika.channel.MAX_CHANNELS
+
+    def wait_open(self, timeout: float | None = None) -> bool:
+        """Block until it is open, or for `timeout` seconds; tell whether it is."""
+        self._open.wait(timeout)
+        return self.is_open
+
+    def open_channel(self) -> PikaChannel:
+        """Begin to open a channel and return it, without waiting for `channel.open-ok`.
+
+        Numbers go round instead of the lowest free one: late frames of a channel that has just been closed
+        would else reach its successor. Raises `ChannelLost` when there is no connection or no free number.
+        """
+        wire = self._wire
+        if wire is None or not wire.is_open:
+            raise ChannelLost(f"no connection to the broker: {self.problem}")
+        limit = wire.params.channel_max
+        for _ in range(limit):
+            self._number = self._number % limit + 1
+            if self._number not in wire._channels:
+                return wire.channel(channel_number=self._number)
+        raise ChannelLost(f"all {limit} channels of the connection are in use")
+
+    def _set_state(self, state: State, problem: str = "") -> None:
+        if self.is_closed or (state is self.state and problem == self.problem):
+            return
+        level = logging.WARNING if state is State.BLOCKED or (problem and state is State.WAITING) else logging.INFO
+        logger.log(
+            level,
+            "broker connection %s: %s -> %s%s",
+            self.name,
+            self.state.value,
+            state.value,
+            f" ({problem})" if problem else "",
+        )
+        self.state = state
+        self.problem = problem
+        if self.is_open:
+            self._open.set()
+        else:
+            self._open.clear()
+        if self._on_state is not None:
+            self._on_state(state)
+
+    def _run_keeper(self) -> None:
+        while not self.is_closed:
+            problem = "no URL to connect to"
+            for url in self._urls():
+                self._set_state(State.CONNECTING)
+                problem = self._connect(url)
+                if self.is_closed:
+                    return
+                if not problem:
+                    break
+            if problem:
+                self._set_state(State.WAITING, problem)
+                self._pause.wait(_pause(self._tries))
+                self._tries += 1
+
+    def _connect(self, url: str) -> str:
+        """Live through one connection, from the attempt to its end; say what prevented it, or nothing."""
+        opened: list[bool] = []
+        ended: list[BaseException] = []
+        self._ended.clear()
+
+        def on_open(wire: Wire) -> None:
+            opened.append(True)
+            if self.is_closed:
+                wire.close()
+                return
+            wire.add_on_connection_blocked_callback(self._on_blocked)
+            wire.add_on_connection_unblocked_callback(self._on_unblocked)
+            self._tries = 0
+            self._set_state(State.OPEN)
+
+        def on_end(wire: Wire, reason: BaseException) -> None:
+            ended.append(reason)
+            self._ended.set()
+
+        shown = hide_password(url)
+        try:
+            self._wire = Wire(
+                self._parameters(url),
+                on_open_callback=on_open,
+                on_open_error_callback=on_end,
+                on_close_callback=on_end,
+            )
+        except Exception as exc:  # pika's parsing of the URL raises what it likes
+            return f"{shown}: {exc}"
+        self._ended.wait()
+        self._wire = None
+        reason = f"{shown}: {describe(ended[0])}"
+        if not opened:
+            return reason
+        self._set_state(State.WAITING, reason)
+        # many relays lost it at the same moment: do not all come back at the same moment
+        self._pause.wait(random.uniform(0, _FIRST_PAUSE))
+        return ""
+
+    def _parameters(self, url: str) -> pika.URLParameters:
+        parameters = pika.URLParameters(url)
+        parameters.heartbeat = self._heartbeat
+        parameters.connection_attempts = 1
+        parameters.socket_timeout = _CONNECT_TIMEOUT / 2
+        parameters.stack_timeout = _CONNECT_TIMEOUT
+        parameters.client_properties = {"connection_name": f"imrelay {self.name}"}
+        return parameters
+
+    def _on_blocked(self, wire: Wire, frame: pika.frame.Method) -> None:
+        why = getattr(frame.method, "reason", "") or "no reason given"
+        self._set_state(State.BLOCKED, f"the broker has raised an alarm: {why}")
+
+    def _on_unblocked(self, wire: Wire, frame: pika.frame.Method) -> None:
+        self._set_state(State.OPEN)
+
+
+def _pause(tries: int) -> float:
+    """Return the pause before the next attempt, in seconds: full jitter under a bound that doubles."""
+    return random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(tries, 10)))
+
+
+def describe(reason: BaseException) -> str:
+    """Say in a few words why pika gave a connection or a channel up."""
+    if isinstance(reason, (ConnectionClosed, ChannelClosed)):
+        return f"{reason.reply_code} {reason.reply_text}"
+    exceptions = getattr(reason, "exceptions", None)
+    if exceptions:
+        return describe(exceptions[-1])
+    inner = getattr(reason, "exception", None) or (reason.args[0] if reason.args else None)
+    if isinstance(inner, BaseException):
+        return describe(inner)
+    return " ".join(str(reason).split()) or type(reason).__name__

@@ -1,0 +1,405 @@
+"""The publisher: one greenlet that takes every message of this process to the broker and answers for it.
+
+Messages wait in a bounded queue, go out in batches with `mandatory`, and are done when the broker has confirmed
+them. What a lost connection leaves unconfirmed is published again, in order and with the same message id.
+
+Order between one sender and one recipient needs care in one case, the recipient whose inbox may not exist: the
+first message to an id that this process has not yet reached goes alone, and what follows waits in a `_Detour`
+until it is known where that one went. A returned one opens the inbox (or is refused, by configuration).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+import gevent
+from gevent.event import Event
+from gevent.lock import Semaphore
+from pika import spec
+
+from imrelay.broker.channel import Channel
+from imrelay.broker.connection import Connection, State
+from imrelay.broker.topology import Topology
+from imrelay.errors import (
+    AnswerableError,
+    BadMessage,
+    BrokerUnavailable,
+    ChannelLost,
+    InboxFull,
+    RecipientUnknown,
+)
+
+__all__ = ["Publication", "Publisher"]
+
+logger = logging.getLogger(__name__)
+
+#: How often the deadlines of waiting messages are looked at, in seconds.
+_SWEEP = 0.2
+#: Messages that are published before other greenlets get their turn.
+_BATCH = 128
+#: Ids that are remembered as reached; at most twice as many.
+_REACHED = 10_000
+#: Pause after the broker has refused the publisher's channel or an inbox, in seconds.
+_REFUSED_PAUSE = 0.5
+_PRECONDITION_FAILED = 406
+
+#: Called once for each publication, in any greenlet or the hub: with None when it was confirmed.
+OnDone = Callable[["Publication", AnswerableError | None], None]
+
+
+class Publication:
+    """A message on its way to the broker."""
+
+    __slots__ = (
+        "binary",
+        "body",
+        "deadline",
+        "done",
+        "message_id",
+        "mid",
+        "on_done",
+        "returned",
+        "time_ms",
+        "user",
+    )
+
+    def __init__(
+        self,
+        user: str,
+        body: bytes,
+        *,
+        binary: bool,
+        mid: str,
+        time_ms: int,
+        message_id: str | int | None,
+        on_done: OnDone,
+    ) -> None:
+        self.user = user
+        self.body = body
+        self.binary = binary
+        self.mid = mid
+        #: Milliseconds since 1970.
+        self.time_ms = time_ms
+        #: The sender's own id of it, for the answer.
+        self.message_id = message_id
+        self.on_done = on_done
+        self.done = False
+        #: Whether the broker sent it back (`basic.return`): there is no inbox.
+        self.returned = False
+        #: By the clock of `time.monotonic`; set when it is queued.
+        self.deadline = 0.0
+
+
+class _Detour:
+    """Messages to one user that wait until it is known where those under way have gone."""
+
+    __slots__ = ("in_flight", "returned", "waiting")
+
+    def __init__(self, in_flight: int) -> None:
+        self.in_flight = in_flight
+        self.returned: list[Publication] = []
+        self.waiting: deque[Publication] = deque()
+
+
+class Publisher:
+    """Publishes for all sessions of this process, on a connection of its own.
+
+    `queue_size` bounds the messages that are not yet answered; `timeout` (seconds) is the longest time that one
+    waits for its answer, and the longest that `publish` blocks for room.
+    """
+
+    def __init__(
+        self,
+        new_connection: Callable[[str, Callable[[State], None]], Connection],
+        topology: Topology,
+        *,
+        queue_size: int,
+        timeout: float,
+        persistent: bool,
+        create_unknown: bool,
+    ) -> None:
+        self._connection = new_connection("publish", self._on_state)
+        self._topology = topology
+        self._timeout = timeout
+        self._delivery_mode = 2 if persistent else 1
+        self._create_unknown = create_unknown
+        self._room = Semaphore(queue_size)
+        #: All that is not answered, by message id, in the order of acceptance.
+        self._pending: dict[str, Publication] = {}
+        self._queue: deque[Publication] = deque()
+        self._unconfirmed: dict[int, Publication] = {}
+        self._detours: dict[str, _Detour] = {}
+        self._reached: set[str] = set()
+        self._reached_before: set[str] = set()
+        self._channel: Channel | None = None
+        self._tag = 0
+        self._wake = Event()
+        self._idle = Event()
+        self._idle.set()
+        self._stopped = False
+        self._greenlets: list[gevent.Greenlet] = []
+
+    def start(self) -> None:
+        """Begin to connect and to publish; returns at once."""
+        self._connection.start()
+        for role in (self._run_publisher, self._run_deadlines):
+            greenlet = gevent.spawn(role)
+            greenlet.name = role.__name__.removeprefix("_run_")
+            self._greenlets.append(greenlet)
+
+    def flush(self, timeout: float) -> int:
+        """Block until every message has been answered, or for `timeout` seconds; return how many were not."""
+        self._idle.wait(timeout)
+        return len(self._pending)
+
+    def stop(self) -> None:
+        """End it; what is still waiting is answered with `BrokerUnavailable`."""
+        self._stopped = True
+        self._wake.set()
+        for publication in list(self._pending.values()):
+            self._finish(publication, BrokerUnavailable("the relay is stopping; this message was not confirmed"))
+        self._connection.close()
+        gevent.joinall(self._greenlets, timeout=2)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a message that came now would go out at once."""
+        return self._channel is not None and self._connection.state is State.OPEN
+
+    @property
+    def problem(self) -> str:
+        """Why it is not ready, in one sentence."""
+        return self._connection.problem or "the channel is being opened"
+
+    def publish(self, publication: Publication) -> None:
+        """Queue a message; blocks while there is no room. Its `on_done` will be called once.
+
+        Raises `BrokerUnavailable` when there was no room within the time limit, or the publisher was stopped.
+        """
+        if not self._room.acquire(timeout=self._timeout):
+            raise BrokerUnavailable("too many messages wait for the broker; this one was not accepted")
+        if self._stopped:
+            self._room.release()
+            raise BrokerUnavailable("the relay is stopping; this message was not accepted")
+        publication.deadline = time.monotonic() + self._timeout
+        self._pending[publication.mid] = publication
+        self._idle.clear()
+        self._queue.append(publication)
+        self._wake.set()
+
+    def _on_state(self, state: State) -> None:
+        self._wake.set()
+
+    def _run_publisher(self) -> None:
+        while not self._stopped:
+            try:
+                if self._channel is None:
+                    self._open()
+                self._drain()
+            except ChannelLost as exc:
+                self._channel = None
+                if exc.reply_code and not self._stopped:
+                    logger.warning("the broker refused the publisher's channel: %s", exc)
+                    gevent.sleep(_REFUSED_PAUSE)
+            except Exception:
+                logger.exception("the publisher met a fault of its own and begins anew")
+                if self._channel is not None:
+                    self._channel.close()
+                self._channel = None
+                gevent.sleep(_REFUSED_PAUSE)
+
+    def _open(self) -> None:
+        """Open a channel on the next connection, and queue again all that was not confirmed on the last."""
+        while not self._connection.wait_open(timeout=_SWEEP):
+            if self._stopped:
+                return
+        channel = Channel(self._connection, on_lost=self._on_lost)
+        channel.call(self._topology.declare_exchange())
+        channel.confirm(self._on_confirm, self._on_return)
+        self._unconfirmed.clear()
+        self._detours.clear()
+        self._queue = deque(self._pending.values())
+        for publication in self._queue:
+            publication.returned = False
+        if self._queue:
+            logger.info("publishing %d messages again or at last", len(self._queue))
+        self._tag = 0
+        self._channel = channel
+        self._wake.set()
+
+    def _drain(self) -> None:
+        """Publish what is queued, until the channel is lost; blocks while there is nothing to do."""
+        while self._channel is not None and not self._stopped:
+            self._wake.wait()
+            self._wake.clear()
+            for count in itertools.count(1):
+                if not self._queue or self._channel is None or self._connection.state is not State.OPEN:
+                    break
+                self._route(self._queue.popleft())
+                if count % _BATCH == 0:
+                    gevent.sleep(0)
+
+    def _on_lost(self, lost: ChannelLost) -> None:
+        """The channel ended; in the hub."""
+        if lost.reply_code:
+            logger.warning("the broker closed the publisher's channel: %s", lost)
+        self._channel = None
+        self._wake.set()
+
+    def _route(self, publication: Publication) -> None:
+        user = publication.user
+        if publication.done:
+            return
+        if user in self._detours:
+            self._detours[user].waiting.append(publication)
+            return
+        if not self._has_reached(user):
+            self._detours[user] = _Detour(in_flight=1)
+        self._transmit(publication)
+
+    def _transmit(self, publication: Publication) -> None:
+        if self._channel is None:
+            raise ChannelLost("lost before this message")
+        try:
+            self._channel.publish(
+                self._topology.exchange, publication.user, publication.body, self._properties(publication)
+            )
+        except ChannelLost:
+            raise
+        except Exception:  # pika cannot write it: that one must not end the publisher of all
+            logger.exception("message %s cannot be published", publication.mid)
+            self._finish(publication, BadMessage("this message cannot be published"))
+            self._settle(publication, accepted=True)  # nothing of it is under way any more
+            return
+        self._tag += 1
+        self._unconfirmed[self._tag] = publication
+
+    def _properties(self, publication: Publication) -> spec.BasicProperties:
+        return spec.BasicProperties(
+            content_type="application/json",
+            delivery_mode=self._delivery_mode,
+            message_id=publication.mid,
+            type="binary" if publication.binary else "text",
+            app_id="imrelay",
+        )
+
+    def _on_return(self, mid: str | None) -> None:
+        """A message came back: its user has no inbox (`basic.return`); its `basic.ack` follows. In the hub."""
+        publication = self._pending.get(mid or "")
+        if publication is None:
+            return
+        publication.returned = True
+        user = publication.user
+        self._reached.discard(user)
+        self._reached_before.discard(user)
+        if user not in self._detours:
+            in_flight = sum(other.user == user for other in self._unconfirmed.values())
+            self._detours[user] = _Detour(in_flight)
+
+    def _on_confirm(self, tag: int, multiple: bool, accepted: bool) -> None:
+        """The broker has taken or refused one or more messages (`basic.ack`, `basic.nack`); in the hub."""
+        if not multiple:
+            publication = self._unconfirmed.pop(tag, None)
+            if publication is not None:
+                self._settle(publication, accepted)
+            return
+        for confirmed in list(itertools.takewhile(lambda other: other <= tag, self._unconfirmed)):
+            self._settle(self._unconfirmed.pop(confirmed), accepted)
+
+    def _settle(self, publication: Publication, accepted: bool) -> None:
+        detour = self._detours.get(publication.user) if self._detours else None
+        if detour is not None:
+            detour.in_flight -= 1
+            if publication.returned:
+                detour.returned.append(publication)
+        if not accepted:
+            self._finish(publication, InboxFull("the recipient's inbox is full; try again later"))
+        elif not publication.returned:
+            self._finish(publication, None)
+        if detour is not None and not detour.in_flight:
+            self._end_detour(publication.user, detour)
+
+    def _end_detour(self, user: str, detour: _Detour) -> None:
+        """All that was under way to this user has been answered by the broker; in the hub."""
+        if detour.returned and self._create_unknown:
+            gevent.spawn(self._run_opening, user, detour).name = f"opening:{user}"
+            return
+        if not detour.returned:
+            self._remember(user)
+        for publication in detour.returned:
+            self._finish(publication, RecipientUnknown("nobody with this id was ever here"))
+        self._resume(user, detour)
+
+    def _run_opening(self, user: str, detour: _Detour) -> None:
+        """Open the inbox of a user who was never here, then publish what came back."""
+        try:
+            self._open_inbox(user)
+            self._remember(user)
+        except ChannelLost as exc:
+            logger.warning("the inbox of %s could not be opened: %s", ascii(user), exc)
+            gevent.sleep(_REFUSED_PAUSE)
+        if self._detours.get(user) is detour:
+            for publication in detour.returned:
+                publication.returned = False
+            detour.waiting.extendleft(reversed(detour.returned))
+            self._resume(user, detour)
+
+    def _open_inbox(self, user: str) -> None:
+        keep_inbox = keep_exchange = False
+        while True:
+            channel = Channel(self._connection)
+            try:
+                channel.call(
+                    *self._topology.declare_user(user, keep_inbox=keep_inbox, keep_exchange=keep_exchange),
+                    self._topology.ask_inbox(user),
+                )
+                return
+            except ChannelLost as exc:
+                if exc.reply_code != _PRECONDITION_FAILED or keep_exchange:
+                    raise
+                keep_inbox, keep_exchange = True, keep_inbox
+            finally:
+                channel.close()
+
+    def _resume(self, user: str, detour: _Detour) -> None:
+        del self._detours[user]
+        self._queue.extendleft(reversed(detour.waiting))
+        self._wake.set()
+
+    def _has_reached(self, user: str) -> bool:
+        return user in self._reached or user in self._reached_before
+
+    def _remember(self, user: str) -> None:
+        if len(self._reached) >= _REACHED:
+            self._reached_before, self._reached = self._reached, set()
+        self._reached.add(user)
+
+    def _finish(self, publication: Publication, error: AnswerableError | None) -> None:
+        if publication.done:
+            return
+        publication.done = True
+        del self._pending[publication.mid]
+        self._room.release()
+        if not self._pending:
+            self._idle.set()
+        publication.on_done(publication, error)
+
+    def _run_deadlines(self) -> None:
+        """Answer what the broker did not confirm in time; deadlines are in the order of acceptance."""
+        while not self._stopped:
+            gevent.sleep(_SWEEP)
+            now = time.monotonic()
+            late = []
+            for publication in self._pending.values():
+                if publication.deadline > now:
+                    break
+                late.append(publication)
+            for publication in late:
+                self._finish(
+                    publication,
+                    BrokerUnavailable(f"the broker did not confirm this message within {self._timeout:g} seconds"),
+                )

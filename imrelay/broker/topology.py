@@ -1,0 +1,109 @@
+"""What stands on the broker, by which name, and the AMQP methods that put it there.
+
+    direct_message (direct) --id--> user.<id> (fanout, auto-delete) --> inbox.<id>
+                                                                    --> live queues of further sockets
+
+A user is an exchange and an inbox is a queue. When an inbox expires, its exchange and bindings go with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pika import spec
+from pika.amqp_object import Method
+
+from imrelay.config import InboxConfig
+
+__all__ = ["INBOX_TAG", "LIVE_TAG", "Topology"]
+
+#: Consumer tags, one of each on a channel.
+INBOX_TAG = "inbox"
+LIVE_TAG = "live"
+
+
+class Topology:
+    """The names and declarations for one exchange and one set of inbox settings."""
+
+    __slots__ = ("_inbox_arguments", "exchange")
+
+    def __init__(self, exchange: str, inbox: InboxConfig) -> None:
+        self.exchange = exchange
+        self._inbox_arguments: dict[str, Any] = {
+            "x-queue-type": inbox.queue_type,
+            "x-single-active-consumer": True,
+            "x-overflow": "reject-publish",
+        }
+        for argument, value in (
+            ("x-expires", int(inbox.expires * 1000)),
+            ("x-message-ttl", int(inbox.ttl * 1000)),
+            ("x-max-length", inbox.max_length),
+            ("x-max-length-bytes", inbox.max_bytes),
+        ):
+            if value:
+                self._inbox_arguments[argument] = value
+
+    @staticmethod
+    def inbox(user: str) -> str:
+        """The name of the user's durable queue."""
+        return f"inbox.{user}"
+
+    @staticmethod
+    def user_exchange(user: str) -> str:
+        """The name of the user's fanout exchange."""
+        return f"user.{user}"
+
+    def declare_exchange(self) -> Method:
+        """`exchange.declare` for the exchange that all messages to users are published to."""
+        return spec.Exchange.Declare(exchange=self.exchange, type="direct", durable=True)
+
+    def declare_user(self, user: str, *, keep_inbox: bool = False, keep_exchange: bool = False) -> list[Method]:
+        """The methods that open a user's inbox, or find it open; the last answer is `queue.declare-ok`.
+
+        `keep_inbox` and `keep_exchange` take what stands there with whatever arguments (a `passive` declare):
+        for settings that have changed since, which the broker refuses with 406. The inbox is bound before its
+        exchange is, so that no message is taken for delivered that found an exchange without a queue.
+        """
+        exchange, inbox = self.user_exchange(user), self.inbox(user)
+        return [
+            spec.Exchange.Declare(
+                exchange=exchange,
+                type="fanout",
+                durable=True,
+                auto_delete=True,
+                passive=keep_exchange,
+                nowait=True,
+            ),
+            spec.Queue.Declare(
+                queue=inbox,
+                durable=True,
+                passive=keep_inbox,
+                nowait=True,
+                arguments={} if keep_inbox else self._inbox_arguments,
+            ),
+            spec.Queue.Bind(queue=inbox, exchange=exchange, routing_key="", nowait=True),
+            spec.Exchange.Bind(destination=exchange, source=self.exchange, routing_key=user, nowait=True),
+        ]
+
+    def ask_inbox(self, user: str) -> Method:
+        """A passive `queue.declare`: its answer counts the inbox's consumers and waiting messages."""
+        return spec.Queue.Declare(queue=self.inbox(user), passive=True)
+
+    def consume_inbox(self, user: str) -> Method:
+        """`basic.consume` with manual acknowledgement on the inbox."""
+        return spec.Basic.Consume(queue=self.inbox(user), consumer_tag=INBOX_TAG)
+
+    @staticmethod
+    def declare_live() -> Method:
+        """`queue.declare` for a live queue; the broker chooses its name.
+
+        Exclusive queues live as long as their connection, which many sockets share: hence auto-delete too.
+        """
+        return spec.Queue.Declare(queue="", exclusive=True, auto_delete=True)
+
+    def consume_live(self, user: str, live: str) -> list[Method]:
+        """The methods that bind a live queue to the user's exchange and consume it."""
+        return [
+            spec.Queue.Bind(queue=live, exchange=self.user_exchange(user), routing_key="", nowait=True),
+            spec.Basic.Consume(queue=live, consumer_tag=LIVE_TAG),
+        ]

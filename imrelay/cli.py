@@ -1,0 +1,165 @@
+"""The command `imrelay`: serve, broker, check-config."""
+
+from __future__ import annotations
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import gevent
+from gevent.event import Event
+
+from imrelay import __version__, log
+from imrelay.broker.private import PrivateBroker
+from imrelay.config import CONFIG_VARIABLE, Config, Setting, find_file, load, settings
+from imrelay.errors import ConfigError, ImrelayError
+from imrelay.server import Server
+
+__all__ = ["main"]
+
+logger = logging.getLogger("imrelay")
+
+#: Exit statuses: a wrong setting or option; something of this machine is missing or taken.
+_EXIT_USAGE, _EXIT_FAILED = 2, 1
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class _Service(Protocol):
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        config = _load(options)
+        if options.command == "check-config":
+            _print_config(config)
+            return 0
+        log.configure(config.log)
+        return _run(Server(config) if options.command == "serve" else _BrokerService(config))
+    except BrokenPipeError:  # who read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_FAILED
+    except ImrelayError as exc:
+        print(f"imrelay: {exc}", file=sys.stderr)
+        return _EXIT_USAGE if isinstance(exc, ConfigError) else _EXIT_FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imrelay",
+        description="Carries instant messages between plain browsers and RabbitMQ.",
+        epilog="Every setting may stand in the file, in an environment variable (IMRELAY_<SECTION>_<KEY>) and on "
+        "the command line; the later of these three wins.",
+    )
+    parser.add_argument("--version", action="version", version=f"imrelay {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in (
+        ("serve", "run the relay, with a RabbitMQ of its own where [broker] url is 'private'"),
+        ("broker", "run the private RabbitMQ alone, for relays that are hosted elsewhere"),
+        ("check-config", "read the settings, say what is wrong with them or print them as they will be used"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        command.add_argument(
+            "--config",
+            metavar="FILE",
+            help=f"settings file (default: ${CONFIG_VARIABLE}, or config.ini here if there is one)",
+        )
+        groups = {}
+        for row in settings():
+            if row.section not in groups:
+                groups[row.section] = command.add_argument_group(f"[{row.section}]")
+            groups[row.section].add_argument(
+                row.option, dest=f"{row.section}.{row.key}", metavar=_metavar(row), help=_help(row)
+            )
+    return parser
+
+
+def _metavar(row: Setting) -> str:
+    if row.type is bool:
+        return "YES|NO"
+    return "|".join(row.choices) or (row.unit or row.key).upper()
+
+
+def _help(row: Setting) -> str:
+    return f"{row.doc} (default: {row.default_text or 'empty'})".replace("%", "%%")
+
+
+def _load(options: argparse.Namespace) -> Config:
+    given = {
+        (row.section, row.key): text
+        for row in settings()
+        if (text := getattr(options, f"{row.section}.{row.key}")) is not None
+    }
+    return load(find_file(os.environ, options.config), os.environ, given)
+
+
+def _print_config(config: Config) -> None:
+    section = ""
+    for row in settings():
+        if row.section != section:
+            print(f"[{row.section}]" if not section else f"\n[{row.section}]")
+            section = row.section
+        print(f"{row.key} = {row.show(getattr(getattr(config, section), row.key))}".rstrip())
+    sys.stdout.flush()
+
+
+class _BrokerService:
+    """The private node as `imrelay broker` runs it."""
+
+    def __init__(self, config: Config) -> None:
+        if not config.is_private:
+            raise ConfigError("[broker] url", "is not 'private': there is no RabbitMQ for imrelay to run")
+        self._broker = PrivateBroker(config.data_dir)
+
+    def start(self) -> None:
+        self._broker.start()
+
+    def stop(self) -> None:
+        self._broker.stop()
+
+
+def _run(service: _Service) -> int:
+    """Run a service until a signal ends it; a second signal ends it at once."""
+    stopping = Event()
+
+    def on_signal(number: int) -> None:
+        name = signal.Signals(number).name
+        if stopping.is_set():
+            logger.warning("%s again: ending at once", name)
+            os._exit(128 + number)
+        logger.info("%s: stopping", name)
+        stopping.set()
+
+    for number in _SIGNALS:
+        gevent.signal_handler(number, on_signal, number)
+    starting = gevent.spawn(_attempt, service.start)
+    gevent.wait([starting, stopping], count=1)
+    if not starting.dead:
+        starting.kill()
+    elif starting.value is not None:
+        service.stop()
+        raise starting.value
+    stopping.wait()
+    service.stop()
+    logger.info("stopped")
+    return 0
+
+
+def _attempt(start: Callable[[], None]) -> Exception | None:
+    try:
+        start()
+    except Exception as exc:
+        return exc
+    return None

@@ -1,0 +1,84 @@
+"""A relay inside somebody else's WSGI server: one in each process, begun by its first request."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import gevent
+
+from imrelay.config import find_file, load
+from imrelay.server import Relay, broker_urls, handler_class
+from imrelay.web import Desk
+from imrelay.websocket import WebSocketHandler
+
+__all__ = ["HostedRelay"]
+
+logger = logging.getLogger(__name__)
+
+#: How often it is looked whether the server has stopped listening, in seconds.
+_WATCH_INTERVAL = 0.25
+_GUNICORN_WORKERS = "geventwebsocket.gunicorn.workers"
+
+
+class HostedRelay:
+    """The WSGI application. Raises `ConfigError` when made with settings that cannot be used."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._config = load(find_file(environ), environ)
+        self._relay: Relay | None = None
+        self._pid = 0
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer one request (PEP 3333)."""
+        return self._desk()(environ, start_response)
+
+    def take_over(self, modules: Mapping[str, ModuleType]) -> None:
+        """Have gunicorn's gevent-websocket worker use our handler, which checks handshakes and keeps limits.
+
+        Does nothing where that worker has not been loaded (`modules` is `sys.modules`).
+        """
+        workers = modules.get(_GUNICORN_WORKERS)
+        if workers is not None:
+            base = workers.GeventWebSocketWorker.wsgi_handler
+            if not issubclass(base, WebSocketHandler):
+                workers.GeventWebSocketWorker.wsgi_handler = self._handler_class()
+
+    def _handler_class(self) -> type[WebSocketHandler]:
+        hosted = self
+
+        class HostedHandler(handler_class(self._config, self._desk)):  # type: ignore[misc]
+            """Our handler; it also shows the relay which server it serves."""
+
+            def run_application(self) -> None:
+                """Answer one request."""
+                hosted._watch(self.server)
+                super().run_application()
+
+        return HostedHandler
+
+    def _desk(self) -> Desk:
+        """Return this process's desk; a fork has the relay of its parent only in name, and gets its own."""
+        if self._relay is None or self._pid != os.getpid():
+            self._pid = os.getpid()
+            self._relay = Relay(self._config, broker_urls(self._config))
+            self._relay.start()
+        return self._relay.desk
+
+    def _watch(self, server: Any) -> None:
+        """See the end of this worker coming: gunicorn tells nobody, but closes the listening socket first."""
+        if getattr(server, "_imrelay_watched", False):
+            return
+        server._imrelay_watched = True
+        gevent.spawn(self._run_watch, server).name = "watch"
+
+    def _run_watch(self, server: Any) -> None:
+        while not server.closed:
+            gevent.sleep(_WATCH_INTERVAL)
+        relay = self._relay
+        if relay is not None:
+            logger.info("the server has closed its listening socket: stopping")
+            relay.stop(self._config.server.drain_timeout)

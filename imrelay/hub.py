@@ -1,0 +1,68 @@
+"""The sockets of this process: who is here, how many may be, and how all of them leave."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from gevent.event import Event
+
+__all__ = ["Hub", "Member"]
+
+logger = logging.getLogger(__name__)
+
+
+class Member(Protocol):
+    """What the hub needs of a session."""
+
+    def finish(self, code: int, reason: str) -> None:
+        """End the session when what is under way to it has been written; returns at once."""
+
+    def close(self, code: int, reason: str) -> None:
+        """End the session now; returns at once."""
+
+
+class Hub:
+    """Counts the sessions from their handshake on, and closes them all when the relay stops."""
+
+    def __init__(self, max_connections: int) -> None:
+        self._max = max_connections
+        self._members: set[Member] = set()
+        self._empty = Event()
+        self._empty.set()
+        #: Whether the relay is stopping: nobody may join any more.
+        self.is_draining = False
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether `max_connections` are here."""
+        return len(self._members) >= self._max
+
+    def join(self, member: Member) -> None:
+        """Count a session, from before its upgrade."""
+        self._members.add(member)
+        self._empty.clear()
+
+    def leave(self, member: Member) -> None:
+        """No longer count a session. Idempotent."""
+        self._members.discard(member)
+        if not self._members:
+            self._empty.set()
+
+    def drain(self, code: int, reason: str, timeout: float) -> int:
+        """End every session as soon as it has finished, and after `timeout` seconds at once.
+
+        Blocks until all have left, or for about a second longer than `timeout`; returns how many had not finished.
+        """
+        self.is_draining = True
+        for member in list(self._members):
+            member.finish(code, reason)
+        self._empty.wait(timeout)
+        late = list(self._members)
+        for member in late:
+            member.close(code, reason)
+        self._empty.wait(1)
+        return len(late)

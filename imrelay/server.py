@@ -1,0 +1,191 @@
+"""The roof: builds a relay from its settings, bottom up, and takes it down again from the top."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+
+import gevent
+from gevent.pywsgi import WSGIServer
+
+from imrelay.broker.connection import Connection
+from imrelay.broker.connection import State as ConnectionState
+from imrelay.broker.consumer import ConsumerPool
+from imrelay.broker.private import PrivateBroker, running_url
+from imrelay.broker.publisher import Publisher
+from imrelay.broker.topology import Topology
+from imrelay.config import Config
+from imrelay.errors import SetupError
+from imrelay.hub import Hub
+from imrelay.message import MessageIds
+from imrelay.session import Services
+from imrelay.web import Desk
+from imrelay.websocket import WebSocketHandler
+
+__all__ = ["Relay", "Server", "broker_urls", "handler_class"]
+
+logger = logging.getLogger(__name__)
+
+#: Bound on what is left to do after the drain, in seconds.
+_LAST_FLUSH = 2.0
+
+
+class Relay:
+    """All of one process but the listening socket: connections, publisher, sessions and the WSGI application.
+
+    `urls` is asked for the broker's URLs before each attempt to connect.
+    """
+
+    def __init__(self, config: Config, urls: Callable[[], Sequence[str]]) -> None:
+        broker = config.broker
+
+        def new_connection(name: str, on_state: Callable[[ConnectionState], None]) -> Connection:
+            return Connection(urls, name=name, heartbeat=broker.heartbeat, on_state=on_state)
+
+        topology = Topology(broker.exchange, config.inbox)
+        self._publisher = Publisher(
+            new_connection,
+            topology,
+            queue_size=broker.publish_queue,
+            timeout=broker.publish_timeout,
+            persistent=broker.persistent,
+            create_unknown=config.inbox.unknown_recipient == "create",
+        )
+        self._consumers = ConsumerPool(
+            new_connection,
+            topology,
+            prefetch=broker.prefetch,
+            channels_per_connection=broker.channels_per_connection,
+        )
+        self._hub = Hub(config.server.max_connections)
+        self.desk = Desk(
+            Services(
+                self._hub, self._consumers, self._publisher, MessageIds(time.time), broker.envelope == "node"
+            ),
+            config.server.allowed_origins,
+        )
+
+    def start(self) -> None:
+        """Begin to connect to the broker; returns at once. Sockets may come at any time."""
+        self._publisher.start()
+        self._consumers.start()
+
+    def stop(self, timeout: float) -> None:
+        """Stop gracefully within about `timeout` seconds: answer what was accepted, close every socket (1012)."""
+        until = time.monotonic() + timeout
+        self._hub.is_draining = True
+        self._publisher.flush(timeout)
+        late = self._hub.drain(1012, "the relay is stopping", max(0.0, until - time.monotonic()))
+        if late:
+            logger.warning("%d sockets had not taken what was under way to them; it stays in their inboxes", late)
+        self._consumers.stop()
+        lost = self._publisher.flush(_LAST_FLUSH)
+        if lost:
+            logger.error("%d messages were not confirmed by the broker; their senders had no ack for them", lost)
+        self._publisher.stop()
+
+
+def handler_class(
+    config: Config, desk: Callable[[], Desk], base: type[WebSocketHandler] = WebSocketHandler
+) -> type[WebSocketHandler]:
+    """Make the handler of a relay: the limits of its settings, the hooks of its desk (asked for when needed)."""
+    limits = config.websocket
+    return type(
+        "RelayHandler",
+        (base,),
+        {
+            "max_message_size": limits.max_message_size,
+            "ping_interval": limits.ping_interval,
+            "ping_timeout": limits.ping_timeout,
+            "send_timeout": limits.send_timeout,
+            "max_send_buffer": limits.max_send_buffer,
+            "handshake_timeout": limits.handshake_timeout,
+            "permessage_deflate": limits.permessage_deflate,
+            "subprotocols": ("echo-protocol",),
+            "refuse": lambda handler, environ: desk().refuse(environ),
+            "abandoned": lambda handler, environ: desk().abandoned(environ),
+        },
+    )
+
+
+def broker_urls(config: Config) -> Callable[[], Sequence[str]]:
+    """Return what finds the broker: the configured URLs, or those of a private node that somebody else runs."""
+    if not config.is_private:
+        return lambda: config.broker.url
+
+    def find() -> Sequence[str]:
+        url = running_url(config.data_dir)
+        return (url,) if url else ()
+
+    return find
+
+
+class Server:
+    """A relay with a listening socket, and with a private RabbitMQ where the settings ask for one."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._broker = PrivateBroker(config.data_dir) if config.is_private else None
+        self._relay: Relay | None = None
+        self._wsgi: WSGIServer | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the relay listens; valid after `start`."""
+        assert self._wsgi is not None
+        host, port = self._wsgi.address[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def start(self) -> None:
+        """Listen, then start what is below; raises `SetupError` and leaves nothing behind when that cannot be."""
+        listener = _listen(self._config.server.host, self._config.server.port)
+        try:
+            if self._broker is not None:
+                self._broker.start()
+        except BaseException:
+            listener.close()
+            raise
+        broker = self._broker
+        relay = self._relay = Relay(
+            self._config, broker_urls(self._config) if broker is None else lambda: (broker.url,)
+        )
+        relay.start()
+        self._wsgi = WSGIServer(
+            listener,
+            relay.desk,
+            handler_class=handler_class(self._config, lambda: relay.desk),
+            log=None,
+            error_log=logging.getLogger("imrelay.wsgi"),
+        )
+        self._wsgi.start()
+        logger.info("listening on %s", self.url)
+
+    def stop(self) -> None:
+        """Take no new sockets, finish what is under way within `drain_timeout`, stop the private node."""
+        if self._wsgi is not None:
+            self._wsgi.close()
+        if self._relay is not None:
+            self._relay.stop(self._config.server.drain_timeout)
+        if self._wsgi is not None:
+            self._wsgi.stop(timeout=1)
+        if self._broker is not None:
+            self._broker.stop()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = gevent.socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as exc:
+        raise SetupError(
+            f"cannot listen on {host} port {port}: {exc.strerror or exc}; choose another with "
+            "[server] host and port, or end who has it"
+        ) from exc
+    return listener  # type: ignore[no-any-return]

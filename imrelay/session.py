@@ -1,0 +1,275 @@
+"""A session: one browser socket, its user, its reader and its writer.
+
+    CONNECTING --> OPEN --> CLOSING --> CLOSED
+
+The reader is the WSGI greenlet: it checks what the browser sends and hands it to the publisher, and stops reading
+while that is full. The writer blocks on the session's mailbox, where its consumer puts deliveries and the
+publisher answers; what it has written it acknowledges to the broker. The two live and die together.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import gevent
+from gevent.lock import Semaphore
+
+from imrelay.broker.consumer import Consumer, ConsumerPool, Delivery, Mailbox
+from imrelay.broker.publisher import Publication, Publisher
+from imrelay.errors import AnswerableError
+from imrelay.hub import Hub
+from imrelay.message import MessageIds, ack_frame, error_frame, from_node, is_utf8, parse, to_node
+from imrelay.websocket import ConnectionClosed, WebSocket
+
+__all__ = ["Services", "Session", "State"]
+
+#: Frames of one browser that are read but not yet answered; then its socket is not read.
+_MAX_OWED = 256
+#: Bytes that are written to a browser at once, before they are acknowledged to the broker.
+_CHUNK = 65_536
+#: Messages that are remembered as sent, to know repeats; at most twice as many. The larger number is for a socket
+#: that stands by: what its live queue brought, the inbox repeats when it is promoted.
+_REMEMBERED, _REMEMBERED_STANDING_BY = 512, 10_000
+
+
+class State(enum.Enum):
+    """Where the life of a session stands."""
+
+    CONNECTING = "connecting"
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What all sessions of a process share."""
+
+    hub: Hub
+    consumers: ConsumerPool
+    publisher: Publisher
+    mids: MessageIds
+    #: Whether bodies are wrapped as the article's Node.js server does (`envelope = node`).
+    node_envelope: bool
+
+
+class _Log(logging.LoggerAdapter[logging.Logger]):
+    """Puts the user before each line; ids come from clients, so they are escaped."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        user = (self.extra or {})["user"]
+        return f"session of {user!a}: {msg}", kwargs
+
+
+class Session:
+    """One browser socket from the handshake to its end."""
+
+    __slots__ = (
+        "_consumer",
+        "_farewell",
+        "_log",
+        "_mailbox",
+        "_older",
+        "_owed",
+        "_received",
+        "_recent",
+        "_sent",
+        "_services",
+        "_since",
+        "_websocket",
+        "state",
+        "user",
+    )
+
+    def __init__(self, user: str, services: Services) -> None:
+        """Join the hub and begin to consume; the socket is not upgraded yet."""
+        self.user = user
+        self.state = State.CONNECTING
+        self._services = services
+        self._websocket: WebSocket | None = None
+        self._log = _Log(logging.getLogger(__name__), {"user": user})
+        self._owed = Semaphore(_MAX_OWED)
+        self._recent: set[str] = set()
+        self._older: set[str] = set()
+        self._received = self._sent = 0
+        #: Close code and reason for when the writer has nothing left to do.
+        self._farewell = (1000, "")
+        self._since = time.monotonic()
+        self._mailbox = Mailbox()
+        services.hub.join(self)
+        self._consumer: Consumer = services.consumers.consume(user, self._mailbox)
+
+    def wait_attached(self, timeout: float) -> bool:
+        """Block until messages for the user arrive here, or for `timeout` seconds; tell whether they do."""
+        return self._consumer.wait_attached(timeout)
+
+    def run(self, websocket: WebSocket) -> None:
+        """Carry messages until the socket ends. Called in the greenlet of the WSGI handler."""
+        self._websocket = websocket
+        if self.state is not State.CONNECTING:  # closed during the handshake: the relay is stopping
+            websocket.close(1012, "the relay is stopping")
+            return
+        self._set_state(State.OPEN)
+        self._log.info("open")
+        writer = gevent.spawn(self._run_writer, websocket)
+        writer.name = f"writer:{self.user}"
+        try:
+            self._read(websocket)
+            self.close(1000, "")
+        except Exception:
+            self._log.exception("its reader met a fault of its own")
+            self.close(1011, "a fault of the relay's")
+        finally:
+            writer.join()
+            self._set_state(State.CLOSED)
+            self._log.info(
+                "closed with %s %s after %.1f s, %d received, %d sent",
+                websocket.close_code,
+                ascii(websocket.close_reason),
+                time.monotonic() - self._since,
+                self._received,
+                self._sent,
+            )
+            self._services.hub.leave(self)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """End the session; returns at once, and does nothing the second time.
+
+        The socket first, so that nothing more is taken; then the consumer, which gives the broker back what was
+        not; then the mailbox, which ends the writer.
+        """
+        if self.state in (State.CLOSING, State.CLOSED):
+            return
+        self._set_state(State.CLOSING)
+        if self._websocket is not None:
+            self._websocket.close(code, reason, wait=False)
+        else:
+            self._services.hub.leave(self)
+        self._consumer.close()
+        self._mailbox.close()
+        self._owed.release()  # a reader that waits for its writer need not any more
+
+    def finish(self, code: int, reason: str) -> None:
+        """End the session when what is under way to it has been written; returns at once."""
+        if self.state is State.OPEN:
+            self._farewell = (code, reason)
+            self._mailbox.close()
+        else:
+            self.close(code, reason)
+
+    def _set_state(self, state: State) -> None:
+        self._log.debug("%s -> %s", self.state.value, state.value)
+        self.state = state
+
+    def _read(self, websocket: WebSocket) -> None:
+        while (message := websocket.receive_message()) is not None:
+            self._owed.acquire()
+            if self.state is not State.OPEN:
+                return
+            self._received += 1
+            payload, text = message
+            try:
+                self._submit(payload, text)
+            except AnswerableError as error:
+                self._mailbox.put(error_frame(error))
+
+    def _submit(self, payload: bytes, text: str | None) -> None:
+        """Hand a message to the publisher; blocks while that is full. Raises `AnswerableError`."""
+        submission = parse(payload, text, self.user)
+        body = to_node(submission.body, submission.binary) if self._services.node_envelope else submission.body
+        mid, time_ms = self._services.mids.next()
+        publication = Publication(
+            submission.to,
+            body,
+            binary=submission.binary,
+            mid=mid,
+            time_ms=time_ms,
+            message_id=submission.message_id,
+            on_done=self._answer,
+        )
+        try:
+            self._services.publisher.publish(publication)
+        except AnswerableError as error:
+            error.message_id = submission.message_id
+            raise
+
+    def _answer(self, publication: Publication, error: AnswerableError | None) -> None:
+        """Tell the browser what became of its message; called by the publisher, from anywhere."""
+        if error is not None:
+            error.message_id = publication.message_id
+            self._mailbox.put(error_frame(error))
+        elif publication.message_id is not None:
+            self._mailbox.put(ack_frame(publication.message_id, publication.mid, publication.time_ms))
+        else:
+            self._owed.release()
+
+    def _run_writer(self, websocket: WebSocket) -> None:
+        try:
+            while items := self._mailbox.take():
+                for chunk in _chunks(items):
+                    self._write(websocket, chunk)
+            self.close(*self._farewell)
+        except ConnectionClosed:
+            self.close()
+        except Exception:
+            self._log.exception("its writer met a fault of its own")
+            self.close(1011, "a fault of the relay's")
+
+    def _write(self, websocket: WebSocket, items: list[Delivery | bytes]) -> None:
+        """Write answers and deliveries in one go, and acknowledge what the browser's connection has taken."""
+        frames: list[tuple[bytes, bool]] = []
+        taken: list[Delivery] = []
+        for item in items:
+            if isinstance(item, bytes):
+                frames.append((item, False))
+                continue
+            taken.append(item)
+            if not self._is_repeat(item):
+                frames.append(self._unpack(item))
+        if frames:
+            websocket.send_messages(frames)
+            self._sent += len(frames)
+        if taken:
+            self._consumer.ack(taken)
+        for _ in range(len(items) - len(taken)):
+            self._owed.release()
+
+    def _unpack(self, delivery: Delivery) -> tuple[bytes, bool]:
+        """Return the message in an AMQP body and whether it is binary (PROTOCOL section 6)."""
+        body = delivery.body
+        if self._services.node_envelope:
+            unwrapped = from_node(body)
+            if unwrapped is not None:
+                return unwrapped
+        return body, delivery.type == "binary" or not is_utf8(body)
+
+    def _is_repeat(self, delivery: Delivery) -> bool:
+        """Tell whether this message was sent to this socket before; if not, remember it."""
+        mid = delivery.mid
+        if mid is None:
+            return False
+        if mid in self._recent or mid in self._older:
+            return delivery.may_repeat
+        self._recent.add(mid)
+        if len(self._recent) >= (_REMEMBERED_STANDING_BY if self._consumer.is_standing_by else _REMEMBERED):
+            self._older, self._recent = self._recent, set()
+        return False
+
+
+def _chunks(items: list[Delivery | bytes]) -> Iterator[list[Delivery | bytes]]:
+    """Cut a batch so that each part has at most about `_CHUNK` bytes, or one item."""
+    chunk: list[Delivery | bytes] = []
+    size = 0
+    for item in items:
+        length = len(item if isinstance(item, bytes) else item.body)
+        if chunk and size + length > _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += length
+    yield chunk

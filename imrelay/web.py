@@ -1,0 +1,154 @@
+"""The desk: what the relay answers over HTTP, and whom it lets in by WebSocket (PROTOCOL section 1).
+
+Pages and health are a Flask app. A socket that has been upgraded goes past Flask straight into its session: a
+request context would live as long as the socket, in every one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from typing import Any
+
+from flask import Flask, Response
+from werkzeug.exceptions import HTTPException
+
+from imrelay.errors import BadId
+from imrelay.message import check_id
+from imrelay.session import Services, Session
+from imrelay.websocket import Refusal, WebSocket, origin_allowed
+
+__all__ = ["Desk"]
+
+logger = logging.getLogger(__name__)
+
+#: Where a session waits in the WSGI environ between the handshake and the upgrade.
+_SESSION = "imrelay.session"
+#: Longest time that a handshake waits for the broker, in seconds; after it the socket is opened all the same.
+_ATTACH_TIMEOUT = 5.0
+
+Environ = dict[str, Any]
+
+
+class Desk:
+    """The WSGI application, and the two hooks that the WebSocket handler calls around an upgrade."""
+
+    def __init__(self, services: Services, allowed_origins: Sequence[str]) -> None:
+        self._services = services
+        self._allowed_origins = allowed_origins
+        self._flask = _make_flask(self.problem)
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer one request (WSGI, PEP 3333), or run the session of an upgraded one until it ends."""
+        websocket: WebSocket | None = environ.get("wsgi.websocket")
+        if websocket is None:
+            return self._flask(environ, start_response)
+        session: Session = environ.pop(_SESSION)
+        environ.clear()  # the handler keeps it as long as the socket lives
+        session.run(websocket)
+        return []
+
+    def problem(self) -> str:
+        """Say why no message can be accepted now; empty when they can."""
+        services = self._services
+        if services.hub.is_draining:
+            return "the relay is stopping"
+        if not services.publisher.is_ready:
+            return f"no broker to publish to: {services.publisher.problem}"
+        if not services.consumers.is_open:
+            return f"no broker to consume from: {services.consumers.problem}"
+        return ""
+
+    def refuse(self, environ: Environ) -> Refusal | None:
+        """Refuse a handshake, or open its session and leave it in the environ; the 101 follows.
+
+        The session consumes before the browser sees its socket open: whatever is sent to this user from then on
+        reaches it. Where the broker is away, or slow, the socket opens without, and gets its messages later.
+        """
+        if not origin_allowed(environ, self._allowed_origins):
+            return Refusal(
+                403, "origin_not_allowed", "this page's origin may not connect here; see allowed_origins"
+            )
+        try:
+            user = check_id(_path(environ))
+        except BadId as exc:
+            return Refusal(400, "bad_id", f"the path is / and the id of a user: {exc}")
+        if self._services.hub.is_draining:
+            return Refusal(503, "stopping", "the relay is stopping; connect again")
+        if self._services.hub.is_full:
+            logger.warning("a socket was refused: max_connections (%d) are here", len(self._services.hub))
+            return Refusal(
+                503, "too_many_connections", "this relay has as many sockets as it may; try again later"
+            )
+        session = environ[_SESSION] = Session(user, self._services)
+        if self._services.consumers.is_open:
+            session.wait_attached(_ATTACH_TIMEOUT)
+        return None
+
+    def abandoned(self, environ: Environ) -> None:
+        """Release a session whose browser was gone before the upgrade."""
+        session: Session | None = environ.pop(_SESSION, None)
+        if session is not None:
+            session.close()
+
+
+def _path(environ: Environ) -> str:
+    """Return the path behind its '/', decoded; WSGI hands bytes over as latin-1 (PEP 3333)."""
+    raw: bytes = environ.get("PATH_INFO", "")[1:].encode("latin-1")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise BadId("an id is valid UTF-8") from None
+
+
+def _make_flask(problem: Callable[[], str]) -> Flask:
+    app = Flask("imrelay", static_folder=None)
+    page = resources.files("imrelay").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/")
+    @app.get("/<user>")
+    def chat(user: str = "") -> Response:
+        """The chat page; it reads from its own address which user it is."""
+        if user:
+            check_id(user)
+        return Response(page, content_type="text/html; charset=utf-8", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/healthz")
+    def healthz() -> Response:
+        """200 while the process turns."""
+        return _json(200, {"status": "ok"})
+
+    @app.get("/readyz")
+    def readyz() -> Response:
+        """200 when messages can be accepted, else 503 with the reason."""
+        reason = problem()
+        return _error(503, "not_ready", reason) if reason else _json(200, {"status": "ready"})
+
+    @app.errorhandler(BadId)
+    def bad_id(exc: BadId) -> Response:
+        return _error(400, "bad_id", str(exc))
+
+    @app.errorhandler(HTTPException)
+    def http_error(exc: HTTPException) -> Response:
+        code = exc.name.lower().replace(" ", "_").replace("'", "")
+        answer = _error(exc.code or 500, code, " ".join((exc.description or exc.name).split()))
+        if exc.code == 405:
+            answer.headers["Allow"] = "GET, HEAD, OPTIONS"
+        return answer
+
+    @app.errorhandler(Exception)
+    def fault(exc: Exception) -> Response:
+        logger.exception("a request met a fault of the relay's")
+        return _error(500, "internal_error", "a fault of the relay's; its log says more")
+
+    return app
+
+
+def _json(status: int, body: dict[str, Any]) -> Response:
+    return Response(json.dumps(body, ensure_ascii=False) + "\n", status, content_type="application/json")
+
+
+def _error(status: int, code: str, message: str) -> Response:
+    return _json(status, {"error": {"code": code, "message": message}})
