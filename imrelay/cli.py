@@ -1,4 +1,4 @@
-"""The command `imrelay`: serve, broker, check-config."""
+"""The command `imrelay`: serve, broker, inbox, check-config."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from gevent.event import Event
 from imrelay import __version__, log
 from imrelay.broker.private import PrivateBroker
 from imrelay.config import CONFIG_VARIABLE, Config, Setting, find_file, load, settings
-from imrelay.errors import ConfigError, ImrelayError
-from imrelay.server import Server
+from imrelay.errors import ConfigError, ImrelayError, SetupError
+from imrelay.message import check_id
+from imrelay.server import Server, inbox_keeper
 
 __all__ = ["main"]
 
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "check-config":
             _print_config(config)
             return 0
+        if options.command == "inbox":
+            return _inbox(config, options)
         log.configure(config.log)
         return _run(Server(config) if options.command == "serve" else _BrokerService(config))
     except BrokenPipeError:  # who read our output has seen enough
@@ -68,9 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in (
         ("serve", "run the relay, with a RabbitMQ of its own where [broker] url is 'private'"),
         ("broker", "run the private RabbitMQ alone, for relays that are hosted elsewhere"),
+        ("inbox", "show how many messages wait for a user, or throw them away"),
         ("check-config", "read the settings, say what is wrong with them or print them as they will be used"),
     ):
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == "inbox":
+            command.add_argument("user", metavar="ID", help="the user's id")
+            action = command.add_mutually_exclusive_group()
+            action.add_argument("--purge", action="store_true", help="throw away the messages that wait")
+            action.add_argument("--delete", action="store_true", help="delete the inbox and what is in it")
+            command.add_argument("--yes", action="store_true", help="do not ask")
         command.add_argument(
             "--config",
             metavar="FILE",
@@ -113,6 +123,31 @@ def _print_config(config: Config) -> None:
             section = row.section
         print(f"{row.key} = {row.show(getattr(getattr(config, section), row.key))}".rstrip())
     sys.stdout.flush()
+
+
+def _inbox(config: Config, options: argparse.Namespace) -> int:
+    user = check_id(options.user)
+    logging.disable()  # what goes wrong is said once, at the end
+    with inbox_keeper(config) as keeper:
+        state = keeper.look(user)
+        if state is None:
+            print(f"{user} has no inbox: nobody with this id was ever here, or not for long")
+            return _EXIT_FAILED
+        print(f"{user}: {state.messages} messages wait, {state.consumers} sockets are here")
+        if options.purge and _agrees(options, f"Throw away {state.messages} messages to {user}"):
+            print(f"{keeper.purge(user)} messages thrown away")
+        elif options.delete and _agrees(options, f"Delete the inbox of {user} with {state.messages} messages"):
+            print(f"inbox deleted, with {keeper.delete(user)} messages")
+    return 0
+
+
+def _agrees(options: argparse.Namespace, question: str) -> bool:
+    """Ask; raises `SetupError` where there is nobody to ask."""
+    if options.yes:
+        return True
+    if not sys.stdin.isatty():
+        raise SetupError("there is no terminal to ask at; say --yes if you mean it")
+    return input(f"{question}, for ever? [y/N] ").strip().lower() in ("y", "yes")
 
 
 class _BrokerService:

@@ -100,6 +100,13 @@ class WebSocketConfig:
         low=4096,
         high=1 << 30,
     )
+    ack_timeout: float = _setting(
+        60.0,
+        "imrelay.v1: a message that its browser did not acknowledge for so long closes the socket with 4408",
+        unit="seconds",
+        low=1,
+        high=1500,
+    )
     handshake_timeout: float = _setting(
         10.0, "time for a browser to send its whole request", unit="seconds", low=0.1, high=3600
     )
@@ -117,6 +124,18 @@ class BrokerConfig:
         "private: imrelay runs a RabbitMQ node of its own, on loopback; otherwise "
         "amqp://user:password@host:port/vhost or amqps://…, several for a cluster separated by blanks",
         check="url",
+    )
+    tls_ca_file: str = _setting(
+        "",
+        "for amqps: certificates (PEM) of the authorities to trust, relative to the folder of this file; "
+        "empty: those that the system trusts",
+        check="optional",
+    )
+    tls_cert_file: str = _setting(
+        "", "for amqps: certificate (PEM) to show to the broker; empty: none", check="optional"
+    )
+    tls_key_file: str = _setting(
+        "", "for amqps: the key of tls_cert_file (PEM); empty: it stands in the same file", check="optional"
     )
     data_dir: str = _setting(
         "var/broker", "where the private node keeps its data; relative to the folder of this file"
@@ -276,7 +295,7 @@ class Setting:
             raise ConfigError(where, f"{text!r} is none of: {', '.join(self.choices)}")
         words = tuple(text.split())
         if self.type is str:
-            if not text or any(ord(c) < 32 for c in text):
+            if (not text and self.check != "optional") or any(ord(c) < 32 for c in text):
                 raise ConfigError(where, "needs one line of text")
             words = (text,)
         if self.check:
@@ -350,7 +369,11 @@ def _check_exchange(word: str, words: tuple[str, ...], where: str) -> None:
         raise ConfigError(where, "an exchange's name has at most 255 bytes and does not start with 'amq.'")
 
 
-_CHECKS = {"origin": _check_origin, "url": _check_url, "exchange": _check_exchange}
+def _check_optional(word: str, words: tuple[str, ...], where: str) -> None:
+    """Any line of text will do, or none."""
+
+
+_CHECKS = {"optional": _check_optional, "origin": _check_origin, "url": _check_url, "exchange": _check_exchange}
 
 
 def hide_password(url: str) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
+import gevent
 from gevent.event import Event
 
 __all__ = ["Hub", "Member"]
+
+#: Seconds between two looks at all sessions.
+SWEEP_INTERVAL = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,9 @@ class Member(Protocol):
     def close(self, code: int, reason: str) -> None:
         """End the session now; returns at once."""
 
+    def check(self) -> None:
+        """Look whether the session has to end; called every `SWEEP_INTERVAL`."""
+
 
 class Hub:
     """Counts the sessions from their handshake on, and closes them all when the relay stops."""
@@ -32,6 +39,18 @@ class Hub:
         self._empty.set()
         #: Whether the relay is stopping: nobody may join any more.
         self.is_draining = False
+        self._sweeper: gevent.Greenlet | None = None
+
+    def start(self) -> None:
+        """Begin to sweep; returns at once."""
+        if self._sweeper is None:
+            self._sweeper = gevent.spawn(self._run_sweeper)
+            self._sweeper.name = "sweeper"
+
+    def stop(self) -> None:
+        """Sweep no more."""
+        if self._sweeper is not None:
+            self._sweeper.kill()
 
     def __len__(self) -> int:
         return len(self._members)
@@ -66,3 +85,9 @@ class Hub:
             member.close(code, reason)
         self._empty.wait(1)
         return len(late)
+
+    def _run_sweeper(self) -> None:
+        while True:
+            gevent.sleep(SWEEP_INTERVAL)
+            for member in list(self._members):
+                member.check()

@@ -5,6 +5,7 @@ Pure functions on bytes and text (PROTOCOL sections 1, 3, 4 and 6); nothing here
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import unicodedata
@@ -16,15 +17,21 @@ from typing import Any, cast
 from imrelay.errors import AnswerableError, BadId, BadJson, BadMessage, FromMismatch
 
 __all__ = [
+    "ClientAck",
+    "ClientPing",
     "MessageIds",
     "Submission",
     "ack_frame",
     "check_id",
     "error_frame",
     "from_node",
+    "is_json",
     "is_utf8",
+    "mid_time_ms",
     "parse",
+    "pong_frame",
     "to_node",
+    "v1_frame",
 ]
 
 #: Longest id of a user, in bytes of UTF-8.
@@ -47,6 +54,20 @@ class Submission:
     body: bytes
     binary: bool
     message_id: str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientAck:
+    """`{"ack":7}`: the browser has taken everything up to `seq` (PROTOCOL section 5)."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPing:
+    """`{"ping":any}`, which is answered with `{"pong":any}` (PROTOCOL section 5)."""
+
+    value: Any
 
 
 def check_id(value: str) -> str:
@@ -99,10 +120,11 @@ _careful = json.JSONDecoder(
 )
 
 
-def parse(payload: bytes, text: str | None, user: str) -> Submission:
+def parse(payload: bytes, text: str | None, user: str) -> Submission | ClientAck | ClientPing:
     """Read what the browser of `user` sent: the payload of a frame and, for a text frame, its decoded text.
 
-    Raises `BadJson`, `BadMessage` or `FromMismatch`, with the message's `id` where that could be read.
+    What has no `to` but an `ack` or a `ping` is no message but a frame of `imrelay.v1`. Raises `BadJson`,
+    `BadMessage` or `FromMismatch`, with the message's `id` where that could be read.
     """
     binary = text is None
     if text is None:
@@ -111,6 +133,11 @@ def parse(payload: bytes, text: str | None, user: str) -> Submission:
         except UnicodeDecodeError as exc:
             raise BadJson(f"not UTF-8: byte {exc.start} of {len(payload)}") from None
     message = _load(text)
+    if "to" not in message:
+        if "ack" in message:
+            return ClientAck(_sequence_number(message["ack"]))
+        if "ping" in message:
+            return ClientPing(message["ping"])
     message_id = _message_id(message)
     try:
         to = _party(message, "to")
@@ -211,6 +238,12 @@ def _message_id(message: dict[str, Any]) -> str | int | None:
     raise BadMessage(f"id is a string of 1 to {MAX_MESSAGE_ID_BYTES} bytes or an integer of as many digits")
 
 
+def _sequence_number(value: Any) -> int:
+    if type(value) is int:
+        return value
+    raise BadMessage("ack is not an integer")
+
+
 def _quote(text: str) -> bytes:
     return encode_basestring(text).encode()
 
@@ -231,6 +264,45 @@ def error_frame(error: AnswerableError) -> bytes:
     if error.temporary:
         fields["temporary"] = True
     return _dump({"error": fields}).encode()
+
+
+def pong_frame(ping: ClientPing) -> bytes:
+    """Write the answer to a ping, as ASCII: what it holds may be half of a surrogate pair."""
+    return json.dumps({"pong": ping.value}, separators=(",", ":")).encode()
+
+
+def v1_frame(
+    seq: int, mid: str | None, time_ms: int | None, payload: bytes, is_message: bool, redelivered: bool
+) -> bytes:
+    """Write a message for `imrelay.v1` (PROTOCOL section 5); the message's own bytes stand inside.
+
+    What another program published and is no JSON (`is_message` false) stands there as a string, or under
+    `message_base64` where it is no UTF-8 either.
+    """
+    if is_message:
+        inner = b'"message":' + payload
+    elif is_utf8(payload):
+        inner = b'"message":' + _dump(payload.decode()).encode()
+    else:
+        inner = b'"message_base64":"' + base64.b64encode(payload) + b'"'
+    mid_part = b"" if mid is None else b'"mid":' + _dump(mid).encode() + b","
+    time_part = b"" if time_ms is None else b'"time":%d,' % time_ms
+    return b'{"seq":%d,%b%b%b%b}' % (
+        seq,
+        mid_part,
+        time_part,
+        inner,
+        b',"redelivered":true' if redelivered else b"",
+    )
+
+
+def is_json(body: bytes) -> bool:
+    """Tell whether an AMQP body can stand inside a JSON text."""
+    try:
+        _fast.decode(body.decode())
+    except (ValueError, RecursionError, BadJson):
+        return False
+    return True
 
 
 def is_utf8(body: bytes) -> bool:
@@ -269,6 +341,17 @@ _PAIRS = [high + low for high in _BASE32 for low in _BASE32]
 
 def _base32(number: int, pairs: int) -> str:
     return "".join(_PAIRS[number >> shift & 1023] for shift in range(10 * pairs - 10, -1, -10))
+
+
+def mid_time_ms(mid: str | None) -> int | None:
+    """Return the milliseconds since 1970 in a message id of a relay; None where it is none."""
+    if mid is None or len(mid) != 26:
+        return None
+    try:
+        digits = [_BASE32.index(character) for character in mid[:10]]
+    except ValueError:
+        return None
+    return sum(digit << 5 * place for place, digit in enumerate(reversed(digits)))
 
 
 class MessageIds:

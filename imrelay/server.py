@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 
@@ -13,18 +14,20 @@ from gevent.pywsgi import WSGIServer
 from imrelay.broker.connection import Connection
 from imrelay.broker.connection import State as ConnectionState
 from imrelay.broker.consumer import ConsumerPool
+from imrelay.broker.inbox import InboxKeeper
 from imrelay.broker.private import PrivateBroker, running_url
 from imrelay.broker.publisher import Publisher
 from imrelay.broker.topology import Topology
 from imrelay.config import Config
-from imrelay.errors import SetupError
+from imrelay.errors import ConfigError, SetupError
 from imrelay.hub import Hub
 from imrelay.message import MessageIds
+from imrelay.protocol import SUBPROTOCOLS
 from imrelay.session import Services
 from imrelay.web import Desk
 from imrelay.websocket import WebSocketHandler
 
-__all__ = ["Relay", "Server", "broker_urls", "handler_class"]
+__all__ = ["Relay", "Server", "broker_urls", "handler_class", "inbox_keeper"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +44,18 @@ class Relay:
     def __init__(self, config: Config, urls: Callable[[], Sequence[str]]) -> None:
         broker = config.broker
 
+        tls = make_tls(config)
+
         def new_connection(name: str, on_state: Callable[[ConnectionState], None]) -> Connection:
-            return Connection(urls, name=name, heartbeat=broker.heartbeat, on_state=on_state)
+            return Connection(urls, name=name, heartbeat=broker.heartbeat, tls=tls, on_state=on_state)
 
         topology = Topology(broker.exchange, config.inbox)
+        self._consumers = ConsumerPool(
+            new_connection,
+            topology,
+            prefetch=broker.prefetch,
+            channels_per_connection=broker.channels_per_connection,
+        )
         self._publisher = Publisher(
             new_connection,
             topology,
@@ -52,23 +63,24 @@ class Relay:
             timeout=broker.publish_timeout,
             persistent=broker.persistent,
             create_unknown=config.inbox.unknown_recipient == "create",
-        )
-        self._consumers = ConsumerPool(
-            new_connection,
-            topology,
-            prefetch=broker.prefetch,
-            channels_per_connection=broker.channels_per_connection,
+            on_exchange_lost=self._consumers.rebind,
         )
         self._hub = Hub(config.server.max_connections)
         self.desk = Desk(
             Services(
-                self._hub, self._consumers, self._publisher, MessageIds(time.time), broker.envelope == "node"
+                self._hub,
+                self._consumers,
+                self._publisher,
+                MessageIds(time.time),
+                limits=config.websocket,
+                node_envelope=broker.envelope == "node",
             ),
             config.server.allowed_origins,
         )
 
     def start(self) -> None:
         """Begin to connect to the broker; returns at once. Sockets may come at any time."""
+        self._hub.start()
         self._publisher.start()
         self._consumers.start()
 
@@ -85,6 +97,7 @@ class Relay:
         if lost:
             logger.error("%d messages were not confirmed by the broker; their senders had no ack for them", lost)
         self._publisher.stop()
+        self._hub.stop()
 
 
 def handler_class(
@@ -103,11 +116,30 @@ def handler_class(
             "max_send_buffer": limits.max_send_buffer,
             "handshake_timeout": limits.handshake_timeout,
             "permessage_deflate": limits.permessage_deflate,
-            "subprotocols": ("echo-protocol",),
+            "subprotocols": SUBPROTOCOLS,
             "refuse": lambda handler, environ: desk().refuse(environ),
             "abandoned": lambda handler, environ: desk().abandoned(environ),
         },
     )
+
+
+def make_tls(config: Config) -> ssl.SSLContext:
+    """Make what `amqps` URLs are opened with; raises `ConfigError` for files that cannot be used."""
+    broker = config.broker
+    context = ssl.create_default_context()
+    try:
+        if broker.tls_ca_file:
+            context.load_verify_locations(config.directory / broker.tls_ca_file)
+    except OSError as exc:  # ssl.SSLError is one
+        raise ConfigError("[broker] tls_ca_file", f"{broker.tls_ca_file}: {exc.strerror or exc}") from exc
+    try:
+        if broker.tls_cert_file:
+            key = config.directory / broker.tls_key_file if broker.tls_key_file else None
+            context.load_cert_chain(config.directory / broker.tls_cert_file, key)
+    except OSError as exc:
+        where = "[broker] tls_cert_file and tls_key_file"
+        raise ConfigError(where, f"{broker.tls_cert_file}, {broker.tls_key_file}: {exc.strerror or exc}") from exc
+    return context
 
 
 def broker_urls(config: Config) -> Callable[[], Sequence[str]]:
@@ -117,9 +149,23 @@ def broker_urls(config: Config) -> Callable[[], Sequence[str]]:
 
     def find() -> Sequence[str]:
         url = running_url(config.data_dir)
-        return (url,) if url else ()
+        if url is None:
+            raise SetupError(
+                f"no private RabbitMQ runs on {config.data_dir}; start `imrelay broker`, or give [broker] url"
+            )
+        return (url,)
 
     return find
+
+
+def inbox_keeper(config: Config) -> InboxKeeper:
+    """Make what looks into inboxes on the configured broker."""
+    connection = Connection(
+        broker_urls(config), name="inbox", heartbeat=config.broker.heartbeat, tls=make_tls(config)
+    )
+    return InboxKeeper(
+        connection, Topology(config.broker.exchange, config.inbox), timeout=config.broker.publish_timeout
+    )
 
 
 class Server:

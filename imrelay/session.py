@@ -21,9 +21,20 @@ from gevent.lock import Semaphore
 
 from imrelay.broker.consumer import Consumer, ConsumerPool, Delivery, Mailbox
 from imrelay.broker.publisher import Publication, Publisher
+from imrelay.config import WebSocketConfig
 from imrelay.errors import AnswerableError
 from imrelay.hub import Hub
-from imrelay.message import MessageIds, ack_frame, error_frame, from_node, is_utf8, parse, to_node
+from imrelay.message import (
+    ClientAck,
+    ClientPing,
+    MessageIds,
+    Submission,
+    ack_frame,
+    error_frame,
+    parse,
+    to_node,
+)
+from imrelay.protocol import V1, Frame, choose
 from imrelay.websocket import ConnectionClosed, WebSocket
 
 __all__ = ["Services", "Session", "State"]
@@ -32,9 +43,6 @@ __all__ = ["Services", "Session", "State"]
 _MAX_OWED = 256
 #: Bytes that are written to a browser at once, before they are acknowledged to the broker.
 _CHUNK = 65_536
-#: Messages that are remembered as sent, to know repeats; at most twice as many. The larger number is for a socket
-#: that stands by: what its live queue brought, the inbox repeats when it is promoted.
-_REMEMBERED, _REMEMBERED_STANDING_BY = 512, 10_000
 
 
 class State(enum.Enum):
@@ -54,6 +62,7 @@ class Services:
     consumers: ConsumerPool
     publisher: Publisher
     mids: MessageIds
+    limits: WebSocketConfig
     #: Whether bodies are wrapped as the article's Node.js server does (`envelope = node`).
     node_envelope: bool
 
@@ -74,10 +83,9 @@ class Session:
         "_farewell",
         "_log",
         "_mailbox",
-        "_older",
         "_owed",
+        "_protocol",
         "_received",
-        "_recent",
         "_sent",
         "_services",
         "_since",
@@ -94,8 +102,6 @@ class Session:
         self._websocket: WebSocket | None = None
         self._log = _Log(logging.getLogger(__name__), {"user": user})
         self._owed = Semaphore(_MAX_OWED)
-        self._recent: set[str] = set()
-        self._older: set[str] = set()
         self._received = self._sent = 0
         #: Close code and reason for when the writer has nothing left to do.
         self._farewell = (1000, "")
@@ -103,6 +109,7 @@ class Session:
         self._mailbox = Mailbox()
         services.hub.join(self)
         self._consumer: Consumer = services.consumers.consume(user, self._mailbox)
+        self._protocol = choose(None, self._consumer, node_envelope=services.node_envelope)
 
     def wait_attached(self, timeout: float) -> bool:
         """Block until messages for the user arrive here, or for `timeout` seconds; tell whether they do."""
@@ -114,8 +121,10 @@ class Session:
         if self.state is not State.CONNECTING:  # closed during the handshake: the relay is stopping
             websocket.close(1012, "the relay is stopping")
             return
+        services = self._services
+        self._protocol = choose(websocket.subprotocol, self._consumer, node_envelope=services.node_envelope)
         self._set_state(State.OPEN)
-        self._log.info("open")
+        self._log.info("open, protocol %s", websocket.subprotocol or "none")
         writer = gevent.spawn(self._run_writer, websocket)
         writer.name = f"writer:{self.user}"
         try:
@@ -135,7 +144,7 @@ class Session:
                 self._received,
                 self._sent,
             )
-            self._services.hub.leave(self)
+            services.hub.leave(self)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """End the session; returns at once, and does nothing the second time.
@@ -162,6 +171,12 @@ class Session:
         else:
             self.close(code, reason)
 
+    def check(self) -> None:
+        """End the session if its browser acknowledges nothing any more; called by the hub's sweeper."""
+        if self._protocol.is_overdue(self._services.limits.ack_timeout):
+            self._log.warning("a message stayed unacknowledged over ack_timeout")
+            self.close(4408, "messages stayed unacknowledged over ack_timeout")
+
     def _set_state(self, state: State) -> None:
         self._log.debug("%s -> %s", self.state.value, state.value)
         self.state = state
@@ -172,15 +187,23 @@ class Session:
             if self.state is not State.OPEN:
                 return
             self._received += 1
-            payload, text = message
             try:
-                self._submit(payload, text)
+                self._handle(parse(*message, self.user))
             except AnswerableError as error:
                 self._mailbox.put(error_frame(error))
 
-    def _submit(self, payload: bytes, text: str | None) -> None:
+    def _handle(self, frame: Submission | ClientAck | ClientPing) -> None:
+        if isinstance(frame, Submission):
+            self._submit(frame)
+            return
+        answer = self._protocol.control(frame)
+        if answer is not None:
+            self._mailbox.put(answer)
+        else:
+            self._owed.release()
+
+    def _submit(self, submission: Submission) -> None:
         """Hand a message to the publisher; blocks while that is full. Raises `AnswerableError`."""
-        submission = parse(payload, text, self.user)
         body = to_node(submission.body, submission.binary) if self._services.node_envelope else submission.body
         mid, time_ms = self._services.mids.next()
         publication = Publication(
@@ -210,6 +233,7 @@ class Session:
 
     def _run_writer(self, websocket: WebSocket) -> None:
         try:
+            self._greet(websocket)
             while items := self._mailbox.take():
                 for chunk in _chunks(items):
                     self._write(websocket, chunk)
@@ -220,45 +244,34 @@ class Session:
             self._log.exception("its writer met a fault of its own")
             self.close(1011, "a fault of the relay's")
 
+    def _greet(self, websocket: WebSocket) -> None:
+        if isinstance(self._protocol, V1):
+            session, _ = self._services.mids.next()
+            limits = self._services.limits
+            welcome = V1.welcome(
+                self.user, session, ping_interval=limits.ping_interval, max_message_size=limits.max_message_size
+            )
+            websocket.send_messages([(welcome, False)])
+
     def _write(self, websocket: WebSocket, items: list[Delivery | bytes]) -> None:
         """Write answers and deliveries in one go, and acknowledge what the browser's connection has taken."""
-        frames: list[tuple[bytes, bool]] = []
+        frames: list[Frame] = []
         taken: list[Delivery] = []
         for item in items:
             if isinstance(item, bytes):
                 frames.append((item, False))
                 continue
             taken.append(item)
-            if not self._is_repeat(item):
-                frames.append(self._unpack(item))
+            frame = self._protocol.encode(item)
+            if frame is not None:
+                frames.append(frame)
         if frames:
             websocket.send_messages(frames)
             self._sent += len(frames)
         if taken:
-            self._consumer.ack(taken)
+            self._protocol.written(taken)
         for _ in range(len(items) - len(taken)):
             self._owed.release()
-
-    def _unpack(self, delivery: Delivery) -> tuple[bytes, bool]:
-        """Return the message in an AMQP body and whether it is binary (PROTOCOL section 6)."""
-        body = delivery.body
-        if self._services.node_envelope:
-            unwrapped = from_node(body)
-            if unwrapped is not None:
-                return unwrapped
-        return body, delivery.type == "binary" or not is_utf8(body)
-
-    def _is_repeat(self, delivery: Delivery) -> bool:
-        """Tell whether this message was sent to this socket before; if not, remember it."""
-        mid = delivery.mid
-        if mid is None:
-            return False
-        if mid in self._recent or mid in self._older:
-            return delivery.may_repeat
-        self._recent.add(mid)
-        if len(self._recent) >= (_REMEMBERED_STANDING_BY if self._consumer.is_standing_by else _REMEMBERED):
-            self._older, self._recent = self._recent, set()
-        return False
 
 
 def _chunks(items: list[Delivery | bytes]) -> Iterator[list[Delivery | bytes]]:

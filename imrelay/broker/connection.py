@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import logging
 import random
+import ssl
 from collections.abc import Callable, Sequence
 
 import gevent
@@ -22,7 +23,7 @@ from pika.channel import Channel as PikaChannel
 from pika.exceptions import AMQPError, ChannelClosed, ConnectionClosed
 
 from imrelay.config import hide_password
-from imrelay.errors import ChannelLost
+from imrelay.errors import ChannelLost, SetupError
 
 __all__ = ["Connection", "State", "Wire"]
 
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 #: Longest pause before an attempt to connect, in seconds; the first is at most `_FIRST_PAUSE`.
 _LONGEST_PAUSE = 15.0
 _FIRST_PAUSE = 0.25
+#: Time in which pika finishes what it has begun to close, in seconds.
+_MOMENT = 0.02
 #: Time for TCP, TLS and the AMQP handshake together, in seconds.
 _CONNECT_TIMEOUT = 15.0
 
@@ -89,8 +92,11 @@ def _ioloop() -> _GeventSelectorIOLoop:
 class Connection:
     """One AMQP connection that comes back by itself until it is closed.
 
-    `urls` is asked before each attempt, so that a broker may move; the URLs it returns are tried in turn.
-    `heartbeat` is in seconds. `on_state` is called in the hub or the keeper after each change; it may not block.
+    `urls` is asked before each attempt, so that a broker may move; the URLs it returns are tried in turn. It may
+    raise `SetupError` to say why there are none.
+    `heartbeat` is in seconds. `tls` is for `amqps` URLs; without it pika verifies the broker's certificate
+    against the authorities that the system trusts. `on_state` is called in the hub or the keeper after each
+    change; it may not block.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class Connection:
         *,
         name: str,
         heartbeat: int,
+        tls: ssl.SSLContext | None = None,
         on_state: Callable[[State], None] | None = None,
     ) -> None:
         self.name = name
@@ -109,12 +116,14 @@ class Connection:
         self.state = State.WAITING
         self._urls = urls
         self._heartbeat = heartbeat
+        self._tls = tls
         self._on_state = on_state
         self._wire: Wire | None = None
         self._open = Event()
         self._ended = Event()
         self._pause = Event()
         self._number = 0
+        self._told = ""
         self._tries = 0
         self._keeper: gevent.Greenlet | None = None
 
@@ -149,8 +158,9 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """Whether channels can be opened now."""
-        return self.state in (State.OPEN, State.BLOCKED)
+        """Whether channels can be opened now. pika ends the channels of a lost connection before it says so."""
+        wire = self._wire
+        return self.state in (State.OPEN, State.BLOCKED) and wire is not None and wire.is_open
 
     @property
     def channel_max(self) -> int:
@@ -160,7 +170,10 @@ class Connection:
 
     def wait_open(self, timeout: float | None = None) -> bool:
         """Block until it is open, or for `timeout` seconds; tell whether it is."""
-        self._open.wait(timeout)
+        if self._open.is_set() and not self.is_open:
+            gevent.sleep(_MOMENT)
+        else:
+            self._open.wait(timeout)
         return self.is_open
 
     def open_channel(self) -> PikaChannel:
@@ -182,28 +195,41 @@ class Connection:
     def _set_state(self, state: State, problem: str = "") -> None:
         if self.is_closed or (state is self.state and problem == self.problem):
             return
-        level = logging.WARNING if state is State.BLOCKED or (problem and state is State.WAITING) else logging.INFO
-        logger.log(
-            level,
-            "broker connection %s: %s -> %s%s",
-            self.name,
-            self.state.value,
-            state.value,
-            f" ({problem})" if problem else "",
-        )
+        self._tell(state, problem)
         self.state = state
         self.problem = problem
-        if self.is_open:
+        if state in (State.OPEN, State.BLOCKED):
             self._open.set()
         else:
             self._open.clear()
         if self._on_state is not None:
             self._on_state(state)
 
+    def _tell(self, state: State, problem: str) -> None:
+        """Log a change of state; that it still cannot be reached for the same reason is said once."""
+        level = logging.WARNING if problem and state is not State.CLOSED else logging.INFO
+        if state is State.CONNECTING or (problem and problem == self._told):
+            level = logging.DEBUG
+        if state is not State.CONNECTING:
+            self._told = problem
+        lasting = "; trying again until it is back" if level == logging.WARNING and state is State.WAITING else ""
+        logger.log(
+            level,
+            "broker connection %s: %s -> %s%s%s",
+            self.name,
+            self.state.value,
+            state.value,
+            f" ({problem})" if problem else "",
+            lasting,
+        )
+
     def _run_keeper(self) -> None:
         while not self.is_closed:
-            problem = "no URL to connect to"
-            for url in self._urls():
+            try:
+                urls, problem = self._urls(), ""
+            except SetupError as exc:
+                urls, problem = (), str(exc)
+            for url in urls:
                 self._set_state(State.CONNECTING)
                 problem = self._connect(url)
                 if self.is_closed:
@@ -257,6 +283,8 @@ class Connection:
 
     def _parameters(self, url: str) -> pika.URLParameters:
         parameters = pika.URLParameters(url)
+        if parameters.ssl_options is not None and self._tls is not None:
+            parameters.ssl_options = pika.SSLOptions(self._tls, parameters.host)
         parameters.heartbeat = self._heartbeat
         parameters.connection_attempts = 1
         parameters.socket_timeout = _CONNECT_TIMEOUT / 2

@@ -39,21 +39,33 @@ _PRECONDITION_FAILED, _INTERNAL_ERROR = 406, 541
 class Delivery:
     """A message from the broker that waits to be taken (`basic.deliver`)."""
 
-    __slots__ = ("body", "channel", "may_repeat", "mid", "tag", "type")
+    __slots__ = ("body", "channel", "is_own", "may_repeat", "mid", "redelivered", "tag", "time_ms", "type")
 
     def __init__(
-        self, channel: Channel, tag: int, body: bytes, kind: str | None, mid: str | None, may_repeat: bool
+        self,
+        channel: Channel,
+        method: spec.Basic.Deliver,
+        properties: spec.BasicProperties,
+        body: bytes,
+        *,
+        was_live: bool,
     ) -> None:
         self.channel = channel
-        self.tag = tag
+        self.tag: int = method.delivery_tag
         self.body = body
         #: The AMQP property `type`: text, binary, or whatever another program wrote there.
-        self.type = kind
+        self.type: str | None = properties.type
         #: The AMQP property `message_id`; without it there is no repeat detection.
-        self.mid = mid
+        self.mid: str | None = properties.message_id
+        #: The AMQP property `timestamp`, in milliseconds since 1970; other programs may set it.
+        self.time_ms = None if properties.timestamp is None else int(properties.timestamp) * 1000
+        #: Whether the broker has delivered it before, to anybody.
+        self.redelivered: bool = method.redelivered
+        #: Whether a relay published it, so that its body is a message.
+        self.is_own: bool = properties.app_id == "imrelay"
         #: Whether it may have been delivered before. A message of another program that comes for the first time
         #: never is one: such programs may give many messages the same `message_id`.
-        self.may_repeat = may_repeat
+        self.may_repeat = self.redelivered or self.is_own or was_live
 
 
 class Mailbox:
@@ -171,12 +183,26 @@ class Consumer:
         if tags[0] >= self._ordered_from:
             channel.ack(tags[-1])
         else:
-            for tag in tags:
-                channel.send(spec.Basic.Ack(tag))
+            self.ack_each(taken)
+
+    def ack_each(self, taken: Sequence[Delivery]) -> None:
+        """Acknowledge these deliveries and no others, in whatever order they came."""
+        channel = self._channel
+        if channel is not None:
+            for delivery in taken:
+                if delivery.channel is channel:
+                    channel.send(spec.Basic.Ack(delivery.tag))
+
+    def rebind(self, topology: Topology) -> None:
+        """Bind the user's exchange and inbox again, where an operator has deleted what held them."""
+        if self._channel is not None and self.is_attached:
+            for method in topology.declare_user(self.user, keep_inbox=True):
+                self._channel.send(method)
 
     def close(self) -> None:
         """End it: what was not acknowledged goes to the user's next socket. Idempotent, returns at once."""
         self._closed = True
+        self._pool.forget(self)
         self._leave()
         if self._attached is not None:
             self._attached.set()
@@ -230,8 +256,7 @@ class Consumer:
         if channel is None:
             return
         self._newest = method.delivery_tag
-        may_repeat = method.redelivered or self._was_live or properties.app_id == "imrelay"
-        delivery = Delivery(channel, method.delivery_tag, body, properties.type, properties.message_id, may_repeat)
+        delivery = Delivery(channel, method, properties, body, was_live=self._was_live)
         if self._live is not None and method.consumer_tag == INBOX_TAG:
             if self._held is None:
                 self._held = []
@@ -271,7 +296,7 @@ class Consumer:
         """The channel ended, in the hub."""
         if self.is_attached:
             self._leave()
-            self._pool.enqueue(self, lost)
+            self._pool.enqueue(self, lost if lost.reply_code else None)
 
     def _leave(self) -> None:
         self.is_attached = False
@@ -299,6 +324,7 @@ class ConsumerPool:
         self._prefetch = prefetch
         self._limit = channels_per_connection
         self._connections: list[Connection] = []
+        self._consumers: set[Consumer] = set()
         self._queue: deque[Consumer] = deque()
         self._attachers = 0
         self._change: AsyncResult = AsyncResult()
@@ -329,20 +355,31 @@ class ConsumerPool:
     def consume(self, user: str, mailbox: Mailbox) -> Consumer:
         """Begin to deliver a user's messages into a mailbox; returns at once."""
         consumer = Consumer(self, user, mailbox)
+        self._consumers.add(consumer)
         self.enqueue(consumer)
         return consumer
 
+    def forget(self, consumer: Consumer) -> None:
+        """Know nothing more of a consumer that was closed."""
+        self._consumers.discard(consumer)
+
+    def rebind(self) -> None:
+        """Bind all users again: the exchange had been deleted, and is there again without its bindings."""
+        for consumer in self._consumers:
+            consumer.rebind(self._topology)
+
     def enqueue(self, consumer: Consumer, lost: ChannelLost | None = None) -> None:
-        """Have a consumer attached: at once, or after a pause where the broker has refused its channel.
+        """Have a consumer attached: at once, or after a pause where that has just failed.
 
         May be called from the hub.
         """
-        if lost is not None and lost.reply_code:
+        if lost is not None:
             pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(consumer.failures, 10)))
             consumer.failures += 1
-            logger.warning(
-                "the broker refused the channel of %s: %s; again in %.1f s", ascii(consumer.user), lost, pause
-            )
+            if lost.reply_code:
+                logger.warning(
+                    "the broker refused the channel of %s: %s; again in %.1f s", ascii(consumer.user), lost, pause
+                )
             gevent.spawn_later(pause, self.enqueue, consumer)
             return
         self._queue.append(consumer)

@@ -43,9 +43,12 @@ _SWEEP = 0.2
 _BATCH = 128
 #: Ids that are remembered as reached; at most twice as many.
 _REACHED = 10_000
+#: Pause after the channel went with its connection, in seconds.
+_LOST_PAUSE = 0.02
 #: Pause after the broker has refused the publisher's channel or an inbox, in seconds.
 _REFUSED_PAUSE = 0.5
-_PRECONDITION_FAILED = 406
+#: `channel.close` codes of AMQP 0-9-1.
+_NOT_FOUND, _PRECONDITION_FAILED = 404, 406
 
 #: Called once for each publication, in any greenlet or the hub: with None when it was confirmed.
 OnDone = Callable[["Publication", AnswerableError | None], None]
@@ -108,6 +111,7 @@ class _Detour:
 class Publisher:
     """Publishes for all sessions of this process, on a connection of its own.
 
+    `on_exchange_lost` is called when the exchange had been deleted and is declared anew: its bindings are gone.
     `queue_size` bounds the messages that are not yet answered; `timeout` (seconds) is the longest time that one
     waits for its answer, and the longest that `publish` blocks for room.
     """
@@ -121,12 +125,15 @@ class Publisher:
         timeout: float,
         persistent: bool,
         create_unknown: bool,
+        on_exchange_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._connection = new_connection("publish", self._on_state)
         self._topology = topology
         self._timeout = timeout
         self._delivery_mode = 2 if persistent else 1
         self._create_unknown = create_unknown
+        self._on_exchange_lost = on_exchange_lost
+        self._exchange_is_lost = False
         self._room = Semaphore(queue_size)
         #: All that is not answered, by message id, in the order of acceptance.
         self._pending: dict[str, Publication] = {}
@@ -204,7 +211,7 @@ class Publisher:
                 self._channel = None
                 if exc.reply_code and not self._stopped:
                     logger.warning("the broker refused the publisher's channel: %s", exc)
-                    gevent.sleep(_REFUSED_PAUSE)
+                gevent.sleep(_REFUSED_PAUSE if exc.reply_code else _LOST_PAUSE)
             except Exception:
                 logger.exception("the publisher met a fault of its own and begins anew")
                 if self._channel is not None:
@@ -220,6 +227,9 @@ class Publisher:
         channel = Channel(self._connection, on_lost=self._on_lost)
         channel.call(self._topology.declare_exchange())
         channel.confirm(self._on_confirm, self._on_return)
+        if self._exchange_is_lost:
+            self._exchange_is_lost = False
+            self._on_exchange_lost()
         self._unconfirmed.clear()
         self._detours.clear()
         self._queue = deque(self._pending.values())
@@ -247,6 +257,7 @@ class Publisher:
         """The channel ended; in the hub."""
         if lost.reply_code:
             logger.warning("the broker closed the publisher's channel: %s", lost)
+        self._exchange_is_lost = self._exchange_is_lost or lost.reply_code == _NOT_FOUND
         self._channel = None
         self._wake.set()
 
@@ -325,20 +336,24 @@ class Publisher:
 
     def _end_detour(self, user: str, detour: _Detour) -> None:
         """All that was under way to this user has been answered by the broker; in the hub."""
-        if detour.returned and self._create_unknown:
+        if detour.returned:
             gevent.spawn(self._run_opening, user, detour).name = f"opening:{user}"
-            return
-        if not detour.returned:
+        else:
             self._remember(user)
-        for publication in detour.returned:
-            self._finish(publication, RecipientUnknown("nobody with this id was ever here"))
-        self._resume(user, detour)
+            self._resume(user, detour)
 
     def _run_opening(self, user: str, detour: _Detour) -> None:
-        """Open the inbox of a user who was never here, then publish what came back."""
+        """Open the inbox of a user whom nothing reaches, then publish again what came back.
+
+        Where unknown recipients are refused, an inbox that is there has only lost its bindings and gets them back.
+        """
         try:
-            self._open_inbox(user)
-            self._remember(user)
+            if self._create_unknown or self._inbox_exists(user):
+                self._open_inbox(user)
+                self._remember(user)
+            else:
+                for publication in detour.returned:
+                    self._finish(publication, RecipientUnknown("nobody with this id was ever here"))
         except ChannelLost as exc:
             logger.warning("the inbox of %s could not be opened: %s", ascii(user), exc)
             gevent.sleep(_REFUSED_PAUSE)
@@ -347,6 +362,18 @@ class Publisher:
                 publication.returned = False
             detour.waiting.extendleft(reversed(detour.returned))
             self._resume(user, detour)
+
+    def _inbox_exists(self, user: str) -> bool:
+        channel = Channel(self._connection)
+        try:
+            channel.call(self._topology.ask_inbox(user))
+        except ChannelLost as exc:
+            if exc.reply_code == _NOT_FOUND:
+                return False
+            raise
+        finally:
+            channel.close()
+        return True
 
     def _open_inbox(self, user: str) -> None:
         keep_inbox = keep_exchange = False

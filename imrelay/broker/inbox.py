@@ -1,0 +1,81 @@
+"""A look into one user's inbox from outside of any relay, and the two ways to empty it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pika import spec
+
+from imrelay.broker.channel import Channel
+from imrelay.broker.connection import Connection
+from imrelay.broker.topology import Topology
+from imrelay.errors import ChannelLost, SetupError
+
+__all__ = ["InboxKeeper", "InboxState"]
+
+_NOT_FOUND = 404
+
+
+@dataclass(frozen=True, slots=True)
+class InboxState:
+    """What a passive `queue.declare` tells of an inbox."""
+
+    #: Messages that wait; those under way to a socket are not counted.
+    messages: int
+    #: Sockets of the user, on whichever relay.
+    consumers: int
+
+
+class InboxKeeper:
+    """Looks into inboxes over a connection that it opens and closes; use it as a context."""
+
+    def __init__(self, connection: Connection, topology: Topology, *, timeout: float) -> None:
+        """Take a connection that has not been started; `timeout` is for its opening, in seconds."""
+        self._connection = connection
+        self._topology = topology
+        self._timeout = timeout
+
+    def __enter__(self) -> InboxKeeper:
+        """Connect; raises `SetupError` where the broker does not answer."""
+        self._connection.start()
+        if not self._connection.wait_open(self._timeout):
+            problem = self._connection.problem
+            self._connection.close()
+            raise SetupError(f"no connection to the broker: {problem}")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._connection.close()
+
+    def look(self, user: str) -> InboxState | None:
+        """Return the state of the user's inbox; None where there is none."""
+        answer = self._ask(lambda channel: channel.call(self._topology.ask_inbox(user))[0])
+        return None if answer is None else InboxState(answer.message_count, answer.consumer_count)
+
+    def purge(self, user: str) -> int:
+        """Throw away all messages that wait (`queue.purge`); return how many."""
+        queue = self._topology.inbox(user)
+        answer = self._ask(lambda channel: channel.call(spec.Queue.Purge(queue=queue))[0])
+        return 0 if answer is None else int(answer.message_count)
+
+    def delete(self, user: str) -> int:
+        """Delete the inbox with its messages (`queue.delete`), and with it the user's exchange; return how many.
+
+        A socket that is there opens it anew at once.
+        """
+        queue = self._topology.inbox(user)
+        answer = self._ask(lambda channel: channel.call(spec.Queue.Delete(queue=queue))[0])
+        return 0 if answer is None else int(answer.message_count)
+
+    def _ask(self, question: Callable[[Channel], Any]) -> Any:
+        channel = Channel(self._connection)
+        try:
+            return question(channel)
+        except ChannelLost as exc:
+            if exc.reply_code == _NOT_FOUND:
+                return None
+            raise
+        finally:
+            channel.close()
