@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from imrelay import __version__
-from imrelay.broker.consumer import Consumer, Delivery
+from imrelay.broker.consumer import Consumer
+from imrelay.broker.mailbox import Delivery
 from imrelay.errors import BadMessage
 from imrelay.message import ClientAck, ClientPing, from_node, is_json, is_utf8, mid_time_ms, pong_frame, v1_frame
 

@@ -13,8 +13,8 @@ from gevent.pywsgi import WSGIServer
 
 from imrelay.broker.connection import Connection
 from imrelay.broker.connection import State as ConnectionState
-from imrelay.broker.consumer import ConsumerPool
 from imrelay.broker.inbox import InboxKeeper
+from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.private import PrivateBroker, running_url
 from imrelay.broker.publisher import Publisher
 from imrelay.broker.topology import Topology

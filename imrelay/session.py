@@ -19,8 +19,11 @@ from typing import Any
 import gevent
 from gevent.lock import Semaphore
 
-from imrelay.broker.consumer import Consumer, ConsumerPool, Delivery, Mailbox
-from imrelay.broker.publisher import Publication, Publisher
+from imrelay.broker.consumer import Consumer
+from imrelay.broker.mailbox import Delivery, Mailbox
+from imrelay.broker.pool import ConsumerPool
+from imrelay.broker.publication import Publication
+from imrelay.broker.publisher import Publisher
 from imrelay.config import WebSocketConfig
 from imrelay.errors import AnswerableError
 from imrelay.hub import Hub

@@ -23,6 +23,8 @@ from pika import spec
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
+from imrelay.broker.opening import inbox_exists, open_inbox
+from imrelay.broker.publication import Publication
 from imrelay.broker.topology import Topology
 from imrelay.errors import (
     AnswerableError,
@@ -33,7 +35,7 @@ from imrelay.errors import (
     RecipientUnknown,
 )
 
-__all__ = ["Publication", "Publisher"]
+__all__ = ["Publisher"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,54 +49,8 @@ _REACHED = 10_000
 _LOST_PAUSE = 0.02
 #: Pause after the broker has refused the publisher's channel or an inbox, in seconds.
 _REFUSED_PAUSE = 0.5
-#: `channel.close` codes of AMQP 0-9-1.
-_NOT_FOUND, _PRECONDITION_FAILED = 404, 406
-
-#: Called once for each publication, in any greenlet or the hub: with None when it was confirmed.
-OnDone = Callable[["Publication", AnswerableError | None], None]
-
-
-class Publication:
-    """A message on its way to the broker."""
-
-    __slots__ = (
-        "binary",
-        "body",
-        "deadline",
-        "done",
-        "message_id",
-        "mid",
-        "on_done",
-        "returned",
-        "time_ms",
-        "user",
-    )
-
-    def __init__(
-        self,
-        user: str,
-        body: bytes,
-        *,
-        binary: bool,
-        mid: str,
-        time_ms: int,
-        message_id: str | int | None,
-        on_done: OnDone,
-    ) -> None:
-        self.user = user
-        self.body = body
-        self.binary = binary
-        self.mid = mid
-        #: Milliseconds since 1970.
-        self.time_ms = time_ms
-        #: The sender's own id of it, for the answer.
-        self.message_id = message_id
-        self.on_done = on_done
-        self.done = False
-        #: Whether the broker sent it back (`basic.return`): there is no inbox.
-        self.returned = False
-        #: By the clock of `time.monotonic`; set when it is queued.
-        self.deadline = 0.0
+#: `channel.close` code of AMQP 0-9-1.
+_NOT_FOUND = 404
 
 
 class _Detour:
@@ -348,8 +304,8 @@ class Publisher:
         Where unknown recipients are refused, an inbox that is there has only lost its bindings and gets them back.
         """
         try:
-            if self._create_unknown or self._inbox_exists(user):
-                self._open_inbox(user)
+            if self._create_unknown or inbox_exists(self._connection, self._topology, user):
+                open_inbox(self._connection, self._topology, user)
                 self._remember(user)
             else:
                 for publication in detour.returned:
@@ -362,35 +318,6 @@ class Publisher:
                 publication.returned = False
             detour.waiting.extendleft(reversed(detour.returned))
             self._resume(user, detour)
-
-    def _inbox_exists(self, user: str) -> bool:
-        channel = Channel(self._connection)
-        try:
-            channel.call(self._topology.ask_inbox(user))
-        except ChannelLost as exc:
-            if exc.reply_code == _NOT_FOUND:
-                return False
-            raise
-        finally:
-            channel.close()
-        return True
-
-    def _open_inbox(self, user: str) -> None:
-        keep_inbox = keep_exchange = False
-        while True:
-            channel = Channel(self._connection)
-            try:
-                channel.call(
-                    *self._topology.declare_user(user, keep_inbox=keep_inbox, keep_exchange=keep_exchange),
-                    self._topology.ask_inbox(user),
-                )
-                return
-            except ChannelLost as exc:
-                if exc.reply_code != _PRECONDITION_FAILED or keep_exchange:
-                    raise
-                keep_inbox, keep_exchange = True, keep_inbox
-            finally:
-                channel.close()
 
     def _resume(self, user: str, detour: _Detour) -> None:
         del self._detours[user]

@@ -8,6 +8,7 @@ A user is an exchange and an inbox is a queue. When an inbox expires, its exchan
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pika import spec
@@ -15,11 +16,23 @@ from pika.amqp_object import Method
 
 from imrelay.config import InboxConfig
 
-__all__ = ["INBOX_TAG", "LIVE_TAG", "Topology"]
+__all__ = ["AS_IT_STANDS", "INBOX_TAG", "LIVE_TAG", "Keep", "Topology"]
 
 #: Consumer tags, one of each on a channel.
 INBOX_TAG = "inbox"
 LIVE_TAG = "live"
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """What of a user's declarations is taken as it stands, with whatever arguments (a `passive` declare)."""
+
+    inbox: bool = False
+    exchange: bool = False
+
+
+#: What is tried in turn: after settings were changed, the broker refuses declarations of before with 406.
+AS_IT_STANDS = (Keep(), Keep(inbox=True), Keep(inbox=True, exchange=True))
 
 
 class Topology:
@@ -57,12 +70,10 @@ class Topology:
         """`exchange.declare` for the exchange that all messages to users are published to."""
         return spec.Exchange.Declare(exchange=self.exchange, type="direct", durable=True)
 
-    def declare_user(self, user: str, *, keep_inbox: bool = False, keep_exchange: bool = False) -> list[Method]:
-        """The methods that open a user's inbox, or find it open; the last answer is `queue.declare-ok`.
+    def declare_user(self, user: str, keep: Keep = AS_IT_STANDS[0]) -> list[Method]:
+        """The methods that open a user's inbox, or find it open; none of them is answered.
 
-        `keep_inbox` and `keep_exchange` take what stands there with whatever arguments (a `passive` declare):
-        for settings that have changed since, which the broker refuses with 406. The inbox is bound before its
-        exchange is, so that no message is taken for delivered that found an exchange without a queue.
+        The inbox is bound before its exchange is: a message that finds no queue at the end of the way is returned.
         """
         exchange, inbox = self.user_exchange(user), self.inbox(user)
         return [
@@ -71,15 +82,15 @@ class Topology:
                 type="fanout",
                 durable=True,
                 auto_delete=True,
-                passive=keep_exchange,
+                passive=keep.exchange,
                 nowait=True,
             ),
             spec.Queue.Declare(
                 queue=inbox,
                 durable=True,
-                passive=keep_inbox,
+                passive=keep.inbox,
                 nowait=True,
-                arguments={} if keep_inbox else self._inbox_arguments,
+                arguments={} if keep.inbox else self._inbox_arguments,
             ),
             spec.Queue.Bind(queue=inbox, exchange=exchange, routing_key="", nowait=True),
             spec.Exchange.Bind(destination=exchange, source=self.exchange, routing_key=user, nowait=True),

@@ -1,0 +1,166 @@
+"""The pool: the connections that deliver, and the greenlets that attach consumers to them, some at a time."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import deque
+from collections.abc import Callable
+
+import gevent
+from gevent.event import AsyncResult
+
+from imrelay.broker.connection import Connection, State
+from imrelay.broker.consumer import Consumer
+from imrelay.broker.mailbox import Mailbox
+from imrelay.broker.topology import Topology
+from imrelay.errors import ChannelLost
+
+__all__ = ["ConsumerPool"]
+
+logger = logging.getLogger(__name__)
+
+#: Consumers that are being attached at the same time: a broker that has just come back is not knocked over again.
+_PARALLEL = 16
+#: Bounds of the pause after a consumer could not be attached, in seconds.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
+#: `channel.close` code of AMQP 0-9-1.
+_INTERNAL_ERROR = 541
+
+
+class ConsumerPool:
+    """The connections that deliver, and the greenlets that attach consumers to them.
+
+    `new_connection` makes a connection by its name and a callback for its states; the pool starts and closes it.
+    """
+
+    def __init__(
+        self,
+        new_connection: Callable[[str, Callable[[State], None]], Connection],
+        topology: Topology,
+        *,
+        prefetch: int,
+        channels_per_connection: int,
+    ) -> None:
+        self._new_connection = new_connection
+        self._topology = topology
+        self._prefetch = prefetch
+        self._limit = channels_per_connection
+        self._connections: list[Connection] = []
+        self._consumers: set[Consumer] = set()
+        self._queue: deque[Consumer] = deque()
+        self._attachers = 0
+        self._change: AsyncResult = AsyncResult()
+        self._stopped = False
+        self._kept_is_said = False
+
+    def start(self) -> None:
+        """Begin to connect; returns at once."""
+        self._grow()
+
+    def stop(self) -> None:
+        """Close all connections, and with them all channels; what was not acknowledged goes back."""
+        self._stopped = True
+        self._announce()
+        for connection in self._connections:
+            connection.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether consumers can be attached now."""
+        return any(connection.is_open for connection in self._connections)
+
+    @property
+    def problem(self) -> str:
+        """Why consumers cannot be attached."""
+        return self._connections[0].problem if self._connections else "not started"
+
+    def consume(self, user: str, mailbox: Mailbox) -> Consumer:
+        """Begin to deliver a user's messages into a mailbox; returns at once."""
+        consumer = Consumer(self, user, mailbox)
+        self._consumers.add(consumer)
+        self.enqueue(consumer)
+        return consumer
+
+    def forget(self, consumer: Consumer) -> None:
+        """Know nothing more of a consumer that was closed."""
+        self._consumers.discard(consumer)
+
+    def rebind(self) -> None:
+        """Bind all users again: the exchange had been deleted, and is there again without its bindings."""
+        for consumer in self._consumers:
+            consumer.rebind(self._topology)
+
+    def enqueue(self, consumer: Consumer, lost: ChannelLost | None = None) -> None:
+        """Have a consumer attached: at once, or after a pause where that has just failed.
+
+        May be called from the hub.
+        """
+        if lost is not None:
+            pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(consumer.failures, 10)))
+            consumer.failures += 1
+            if lost.reply_code:
+                logger.warning(
+                    "the broker refused the channel of %s: %s; again in %.1f s", ascii(consumer.user), lost, pause
+                )
+            gevent.spawn_later(pause, self.enqueue, consumer)
+            return
+        self._queue.append(consumer)
+        if self._attachers < _PARALLEL:
+            self._attachers += 1
+            gevent.spawn(self._run_attacher).name = "attacher"
+
+    def report_kept(self, user: str, lost: ChannelLost) -> None:
+        """Say once that settings have changed since inboxes were made; those are used as they are."""
+        if not self._kept_is_said:
+            self._kept_is_said = True
+            logger.warning(
+                "the inbox of %s was made with other [inbox] settings and is used as it is, like any "
+                "other of that kind (said once): %s",
+                ascii(user),
+                lost,
+            )
+
+    def _run_attacher(self) -> None:
+        try:
+            while self._queue and not self._stopped:
+                self._attach(self._queue.popleft())
+        finally:
+            self._attachers -= 1
+
+    def _attach(self, consumer: Consumer) -> None:
+        lost: ChannelLost | None = None
+        try:
+            connection = self._wait_for_connection()
+            if connection is not None and not consumer.is_closed:
+                consumer.attach(connection, self._topology, self._prefetch)
+        except ChannelLost as exc:
+            lost = exc
+        except Exception:
+            logger.exception("the consumer of %s met a fault of the relay's", ascii(consumer.user))
+            lost = ChannelLost("a fault of the relay's", _INTERNAL_ERROR)
+        if not (consumer.is_closed or consumer.is_attached or self._stopped):
+            self.enqueue(consumer, lost)
+
+    def _wait_for_connection(self) -> Connection | None:
+        """Block until a connection with a free channel is open; None once the pool has been stopped."""
+        while not self._stopped:
+            change = self._change
+            for connection in self._connections:
+                if connection.is_open and connection.channels < min(self._limit, connection.channel_max):
+                    return connection
+            if all(
+                connection.channels >= min(self._limit, connection.channel_max) for connection in self._connections
+            ):
+                self._grow()
+            change.wait()
+        return None
+
+    def _grow(self) -> None:
+        connection = self._new_connection(f"consume-{len(self._connections) + 1}", lambda state: self._announce())
+        self._connections.append(connection)
+        connection.start()
+
+    def _announce(self) -> None:
+        change, self._change = self._change, AsyncResult()
+        change.set()
