@@ -7,6 +7,7 @@ pipelined: all methods of one `call` go out together and take one round trip, `c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from gevent.event import AsyncResult
@@ -15,7 +16,8 @@ from pika.amqp_object import Method
 from pika.channel import Channel as PikaChannel
 from pika.exceptions import AMQPError, ChannelClosedByBroker, ChannelClosedByClient
 
-from imrelay.broker.connection import Connection, Wire, describe
+from imrelay.broker.connection import Connection, describe
+from imrelay.broker.frames import Delivery, PublishTemplate, encode_ack
 from imrelay.errors import ChannelLost
 
 __all__ = ["Channel"]
@@ -34,22 +36,6 @@ _REPLIES: dict[type[Method], type[Method]] = {
     spec.Queue.Purge: spec.Queue.PurgeOk,
 }
 
-#: (basic.deliver, properties, body)
-OnDelivery = Callable[[spec.Basic.Deliver, spec.BasicProperties, bytes], None]
-
-
-class _WireChannel(PikaChannel):  # type: ignore[misc]
-    """pika's channel with one road for all its deliveries: no look-up by consumer tag, no checks on the way."""
-
-    on_delivery: OnDelivery | None = None
-
-    def _on_deliver(self, method_frame: Any, header_frame: Any, body: bytes) -> None:
-        if self.on_delivery is not None:
-            self.on_delivery(method_frame.method, header_frame.properties, body)
-
-
-Wire.channel_class = _WireChannel
-
 
 class Channel:
     """One AMQP channel, owned by one greenlet; what is called from the hub says so.
@@ -58,13 +44,13 @@ class Channel:
     hub and may only hand over. `on_lost` is called once, whoever ended the channel, unless `close` did.
     """
 
-    __slots__ = ("_awaited", "_connection", "_on_lost", "_pika", "_replies", "lost")
+    __slots__ = ("_awaited", "_connection", "_on_lost", "_pika", "_replies", "_template", "lost")
 
     def __init__(
         self,
         connection: Connection,
         *,
-        on_delivery: OnDelivery | None = None,
+        on_delivery: Callable[[Delivery], None] | None = None,
         on_cancel: Callable[[], None] | None = None,
         on_lost: Callable[[ChannelLost], None] | None = None,
     ) -> None:
@@ -75,6 +61,7 @@ class Channel:
         self._on_lost = on_lost
         self._replies: list[Method] = []
         self._awaited: AsyncResult | None = None
+        self._template: PublishTemplate | None = None
         self._pika = connection.open_channel()
         connection.channels += 1
         self._pika.on_delivery = on_delivery
@@ -113,9 +100,10 @@ class Channel:
         if self.lost is None and self._pika.is_open:
             self._pika._send_method(method)
 
-    def ack(self, tag: int) -> None:
-        """Acknowledge all deliveries up to `tag` (`basic.ack`, multiple); on a lost channel they are void."""
-        self.send(spec.Basic.Ack(tag, True))
+    def ack(self, tag: int, *, multiple: bool) -> None:
+        """Acknowledge the delivery, or all up to it (`basic.ack`); on a lost channel they are void."""
+        if self.lost is None and self._pika.is_open:
+            self._pika.connection.emit(encode_ack(self._pika.channel_number, tag, multiple))
 
     def confirm(
         self,
@@ -127,31 +115,30 @@ class Channel:
         In the hub, `on_confirm` gets (delivery tag, multiple, whether it was a `basic.ack`), and `on_return` the
         message id of what `mandatory` sent back.
         """
-        self._pika.add_callback(
-            lambda frame: on_confirm(frame.method.delivery_tag, frame.method.multiple, True),
-            [spec.Basic.Ack],
-            False,
-        )
-        self._pika.add_callback(
-            lambda frame: on_confirm(frame.method.delivery_tag, frame.method.multiple, False),
-            [spec.Basic.Nack],
-            False,
-        )
+        self._pika.on_confirm = on_confirm
+        for method, accepted in ((spec.Basic.Ack, True), (spec.Basic.Nack, False)):
+            self._pika.add_callback(partial(_tell_confirm, on_confirm, accepted), [method], False)
         self._pika.add_on_return_callback(
             lambda channel, method, properties, body: on_return(properties.message_id)
         )
         self.call(spec.Confirm.Select())
 
-    def publish(self, exchange: str, key: str, body: bytes, properties: spec.BasicProperties) -> None:
-        """Publish with `mandatory`; returns at once. Raises `ChannelLost`."""
-        if self.lost is not None:
-            raise self.lost
-        try:
-            self._pika._send_method(
-                spec.Basic.Publish(exchange=exchange, routing_key=key, mandatory=True), (properties, body)
-            )
-        except AMQPError as exc:
-            raise ChannelLost(describe(exc)) from exc
+    def prepare(self, exchange: str, *, persistent: bool) -> None:
+        """Say what all messages of this channel have in common; once, before the first `publish`."""
+        wire = self._pika.connection
+        self._template = PublishTemplate(
+            self._pika.channel_number, exchange, persistent=persistent, body_max=wire.body_max
+        )
+
+    def publish(self, key: str, mid: str, binary: bool, body: bytes) -> None:
+        """Publish with `mandatory`; returns at once.
+
+        Raises `ChannelLost`, and `ValueError` where the routing key or the message id does not fit into AMQP.
+        """
+        if self.lost is not None or not self._pika.is_open:
+            raise self.lost or ChannelLost("the channel is being closed")
+        assert self._template is not None, "prepare comes first"
+        self._pika.connection.emit(self._template.encode(key, mid, binary, body))
 
     def close(self) -> None:
         """Close the channel: what was not acknowledged goes back to its queue. Returns at once; idempotent."""
@@ -189,3 +176,7 @@ def _in_order(expected: Sequence[type[Method]], replies: list[Method]) -> list[M
     """Sort answers by what was asked: RabbitMQ's queues send `basic.consume-ok` when they get round to it."""
     left = list(replies)
     return [left.pop(next(i for i, reply in enumerate(left) if type(reply) is kind)) for kind in expected]
+
+
+def _tell_confirm(on_confirm: Callable[[int, bool, bool], None], accepted: bool, frame: Any) -> None:
+    on_confirm(frame.method.delivery_tag, frame.method.multiple, accepted)

@@ -18,14 +18,13 @@ from collections.abc import Callable, Sequence
 import gevent
 import pika
 from gevent.event import Event
-from pika.adapters.gevent_connection import GeventConnection, _GeventSelectorIOLoop
-from pika.channel import Channel as PikaChannel
 from pika.exceptions import AMQPError, ChannelClosed, ConnectionClosed
 
+from imrelay.broker.wire import Wire, WireChannel
 from imrelay.config import hide_password
 from imrelay.errors import ChannelLost, SetupError
 
-__all__ = ["Connection", "State", "Wire"]
+__all__ = ["Connection", "State", "describe"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,47 +45,6 @@ class State(enum.Enum):
     BLOCKED = "blocked"
     WAITING = "waiting"
     CLOSED = "closed"
-
-
-class Wire(GeventConnection):  # type: ignore[misc]
-    """pika's connection with two changes: one write for all frames of a turn of the loop, and our channels.
-
-    pika writes each publish in three pieces and closes and makes its write watcher anew for every one of them;
-    joined, many messages share one system call.
-    """
-
-    #: Makes the channels of this wire: called with (wire, number, on_open_callback).
-    channel_class: type[PikaChannel] = PikaChannel
-
-    def __init__(self, parameters: pika.URLParameters, **callbacks: Callable[..., None]) -> None:
-        self._unsent: list[bytes] = []
-        super().__init__(parameters, custom_ioloop=_ioloop(), **callbacks)
-
-    def _create_channel(self, channel_number: int, on_open_callback: Callable[..., None] | None) -> PikaChannel:
-        return self.channel_class(self, channel_number, on_open_callback)
-
-    def _adapter_emit_data(self, data: bytes) -> None:
-        if not self._unsent:
-            gevent.get_hub().loop.run_callback(self._flush)
-        self._unsent.append(data)
-
-    def _flush(self) -> None:
-        data = b"".join(self._unsent)
-        self._unsent.clear()
-        if self._transport is not None:
-            self._transport.write(data)
-
-
-_loops: dict[gevent.hub.Hub, _GeventSelectorIOLoop] = {}
-
-
-def _ioloop() -> _GeventSelectorIOLoop:
-    """Return the one pika loop of this hub: a new one per attempt to connect would leak a pipe each."""
-    hub = gevent.get_hub()
-    if hub not in _loops:
-        _loops.clear()  # another hub means that this is a child after a fork
-        _loops[hub] = _GeventSelectorIOLoop(hub)
-    return _loops[hub]
 
 
 class Connection:
@@ -176,7 +134,7 @@ class Connection:
             self._open.wait(timeout)
         return self.is_open
 
-    def open_channel(self) -> PikaChannel:
+    def open_channel(self) -> WireChannel:
         """Begin to open a channel and return it, without waiting for `channel.open-ok`.
 
         Numbers go round instead of the lowest free one: late frames of a channel that has just been closed
@@ -189,7 +147,8 @@ class Connection:
         for _ in range(limit):
             self._number = self._number % limit + 1
             if self._number not in wire._channels:
-                return wire.channel(channel_number=self._number)
+                channel: WireChannel = wire.channel(channel_number=self._number)
+                return channel
         raise ChannelLost(f"all {limit} channels of the connection are in use")
 
     def _set_state(self, state: State, problem: str = "") -> None:

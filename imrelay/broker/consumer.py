@@ -112,7 +112,7 @@ class Consumer:
         if channel is None or not tags:
             return
         if tags[0] >= self._ordered_from:
-            channel.ack(tags[-1])
+            channel.ack(tags[-1], multiple=True)
         else:
             self.ack_each(taken)
 
@@ -122,7 +122,7 @@ class Consumer:
         if channel is not None:
             for delivery in taken:
                 if delivery.channel is channel:
-                    channel.send(spec.Basic.Ack(delivery.tag))
+                    channel.ack(delivery.tag, multiple=False)
 
     def rebind(self, topology: Topology) -> None:
         """Bind the user's exchange and inbox again, where an operator has deleted what held them."""
@@ -176,14 +176,17 @@ class Consumer:
             self._live, self._was_live = live, True
             channel.call(*topology.consume_live(self.user, live))
 
-    def _on_delivery(self, method: spec.Basic.Deliver, properties: spec.BasicProperties, body: bytes) -> None:
+    def _on_delivery(self, delivery: Delivery) -> None:
         """Take a delivery, in the hub."""
         channel = self._channel
         if channel is None:
             return
-        self._newest = method.delivery_tag
-        delivery = Delivery(channel, method, properties, body, was_live=self._was_live)
-        if self._live is not None and method.consumer_tag == INBOX_TAG:
+        self._newest = delivery.tag
+        delivery.channel = channel
+        # A message of another program that comes for the first time is no repeat, whatever its id: such programs
+        # may give many messages the same one.
+        delivery.may_repeat = delivery.redelivered or delivery.is_own or self._was_live
+        if self._live is not None and delivery.consumer_tag == INBOX_TAG:
             if self._held is None:
                 self._held = []
                 self._ordered_from = math.inf

@@ -1,45 +1,12 @@
-"""Deliveries, and the mailbox in which they wait for the writer of one browser socket."""
+"""The mailbox, in which deliveries wait for the writer of one browser socket."""
 
 from __future__ import annotations
 
 import gevent
-from pika import spec
 
-from imrelay.broker.channel import Channel
+from imrelay.broker.frames import Delivery
 
 __all__ = ["Delivery", "Mailbox"]
-
-
-class Delivery:
-    """A message from the broker that waits to be taken (`basic.deliver`)."""
-
-    __slots__ = ("body", "channel", "is_own", "may_repeat", "mid", "redelivered", "tag", "time_ms", "type")
-
-    def __init__(
-        self,
-        channel: Channel,
-        method: spec.Basic.Deliver,
-        properties: spec.BasicProperties,
-        body: bytes,
-        *,
-        was_live: bool,
-    ) -> None:
-        self.channel = channel
-        self.tag: int = method.delivery_tag
-        self.body = body
-        #: The AMQP property `type`: text, binary, or whatever another program wrote there.
-        self.type: str | None = properties.type
-        #: The AMQP property `message_id`; without it there is no repeat detection.
-        self.mid: str | None = properties.message_id
-        #: The AMQP property `timestamp`, in milliseconds since 1970; other programs may set it.
-        self.time_ms = None if properties.timestamp is None else int(properties.timestamp) * 1000
-        #: Whether the broker has delivered it before, to anybody.
-        self.redelivered: bool = method.redelivered
-        #: Whether a relay published it, so that its body is a message.
-        self.is_own: bool = properties.app_id == "imrelay"
-        #: Whether it may have been delivered before. A message of another program that comes for the first time
-        #: never is one: such programs may give many messages the same `message_id`.
-        self.may_repeat = self.redelivered or self.is_own or was_live
 
 
 class Mailbox:

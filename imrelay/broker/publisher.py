@@ -19,7 +19,6 @@ from collections.abc import Callable
 import gevent
 from gevent.event import Event
 from gevent.lock import Semaphore
-from pika import spec
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
@@ -86,7 +85,7 @@ class Publisher:
         self._connection = new_connection("publish", self._on_state)
         self._topology = topology
         self._timeout = timeout
-        self._delivery_mode = 2 if persistent else 1
+        self._persistent = persistent
         self._create_unknown = create_unknown
         self._on_exchange_lost = on_exchange_lost
         self._exchange_is_lost = False
@@ -183,6 +182,7 @@ class Publisher:
         channel = Channel(self._connection, on_lost=self._on_lost)
         channel.call(self._topology.declare_exchange())
         channel.confirm(self._on_confirm, self._on_return)
+        channel.prepare(self._topology.exchange, persistent=self._persistent)
         if self._exchange_is_lost:
             self._exchange_is_lost = False
             self._on_exchange_lost()
@@ -232,27 +232,16 @@ class Publisher:
         if self._channel is None:
             raise ChannelLost("lost before this message")
         try:
-            self._channel.publish(
-                self._topology.exchange, publication.user, publication.body, self._properties(publication)
-            )
+            self._channel.publish(publication.user, publication.mid, publication.binary, publication.body)
         except ChannelLost:
             raise
-        except Exception:  # pika cannot write it: that one must not end the publisher of all
+        except ValueError:  # AMQP has no room for it: that one must not end the publisher of all
             logger.exception("message %s cannot be published", publication.mid)
             self._finish(publication, BadMessage("this message cannot be published"))
             self._settle(publication, accepted=True)  # nothing of it is under way any more
             return
         self._tag += 1
         self._unconfirmed[self._tag] = publication
-
-    def _properties(self, publication: Publication) -> spec.BasicProperties:
-        return spec.BasicProperties(
-            content_type="application/json",
-            delivery_mode=self._delivery_mode,
-            message_id=publication.mid,
-            type="binary" if publication.binary else "text",
-            app_id="imrelay",
-        )
 
     def _on_return(self, mid: str | None) -> None:
         """A message came back: its user has no inbox (`basic.return`); its `basic.ack` follows. In the hub."""

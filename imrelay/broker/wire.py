@@ -1,0 +1,146 @@
+"""pika's connection and channel, with a short way for what every message passes: see `frames`.
+
+Inbound, deliveries and confirms go from the receive buffer straight to the channel's owner; all else goes
+through pika. Outbound, the frames of one turn of the loop leave in one system call, without a watcher where the
+socket takes them at once: pika writes each publish in three pieces and makes its write watcher anew around each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import gevent
+import pika
+from pika.adapters.gevent_connection import GeventConnection, _GeventSelectorIOLoop
+from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport
+from pika.frame import decode_frame
+
+from imrelay.broker.frames import Confirm, Delivery, take
+
+__all__ = ["Wire", "WireChannel"]
+
+#: Bytes that are read from the broker at once; then others have their turn.
+_READ_SIZE = 65_536
+#: What a frame has before its payload, and around it (AMQP 0-9-1, 2.3.5).
+_BEFORE, _AROUND = 7, 8
+#: The first octet of a protocol header, which is no frame.
+_PROTOCOL_HEADER = ord("A")
+
+
+class WireChannel(pika.channel.Channel):  # type: ignore[misc]
+    """pika's channel with one road for deliveries and confirms; both are called in the hub and may not raise."""
+
+    on_delivery: Callable[[Delivery], None] | None = None
+    #: (delivery tag, multiple, whether it was a `basic.ack`)
+    on_confirm: Callable[[int, bool, bool], None] | None = None
+
+    def receive(self, what: Delivery | Confirm) -> bool:
+        """Take what came the short way; tell whether anybody wanted it."""
+        if isinstance(what, Delivery):
+            if self.on_delivery is None:
+                return False
+            self.on_delivery(what)
+        else:
+            if self.on_confirm is None:
+                return False
+            self.on_confirm(what.tag, what.multiple, True)
+        return True
+
+    def _on_deliver(self, method_frame: Any, header_frame: Any, body: bytes) -> None:
+        """Take a delivery that pika has put together: a large one, or one of a rare shape."""
+        if self.on_delivery is not None:
+            self.on_delivery(Delivery.from_pika(method_frame.method, header_frame.properties, body))
+
+
+class Wire(GeventConnection):  # type: ignore[misc]
+    """One AMQP connection from its attempt to its end."""
+
+    def __init__(self, parameters: pika.URLParameters, **callbacks: Callable[..., None]) -> None:
+        self._unsent: list[bytes] = []
+        self._frame_buffer = b""
+        super().__init__(parameters, custom_ioloop=_ioloop(), **callbacks)
+
+    @property
+    def body_max(self) -> int:
+        """The largest payload of a body frame, in bytes; known once the connection is open."""
+        return int(self._body_max_length)
+
+    def emit(self, frames: bytes) -> None:
+        """Send complete frames, together with all others of this turn of the loop. May be called from the hub."""
+        if not self._unsent:
+            gevent.get_hub().loop.run_callback(self._flush)
+        self._unsent.append(frames)
+
+    def _adapter_emit_data(self, data: bytes) -> None:
+        self.emit(data)
+
+    def _flush(self) -> None:
+        data = b"".join(self._unsent)
+        self._unsent.clear()
+        transport = self._transport
+        if transport is None:
+            return
+        if type(transport) is _AsyncPlaintextTransport and not transport.get_write_buffer_size():
+            # full, or lost: pika's own way of writing finds out which
+            with contextlib.suppress(OSError, AttributeError):
+                data = data[transport._sock.send(data) :]
+        if data:
+            transport.write(data)
+
+    def _create_channel(self, channel_number: int, on_open_callback: Callable[..., None] | None) -> WireChannel:
+        return WireChannel(self, channel_number, on_open_callback)
+
+    def _proto_connection_made(self, transport: Any) -> None:
+        if type(transport) is _AsyncPlaintextTransport:
+            transport._MAX_RECV_BYTES = _READ_SIZE
+            transport._MAX_CONSUME_BYTES = 1  # one read a turn: no second one that finds nothing
+        super()._proto_connection_made(transport)
+
+    def _on_data_available(self, data_in: bytes) -> None:
+        """Take what has arrived; the rest, less than a frame, stays for the next time."""
+        buffer: bytes = self._frame_buffer + data_in if self._frame_buffer else data_in
+        at, end = 0, len(buffer)
+        body_max = self._body_max_length or 0
+        try:
+            while at < end:
+                taken = take(buffer, at, body_max)
+                if taken is not None:
+                    what, number, after = taken
+                    if what is None:
+                        break
+                    channel = self._channels.get(number)
+                    if channel is not None and channel.receive(what):
+                        at = after
+                        continue
+                after = _frame_end(buffer, at)
+                if after > end:
+                    break
+                _, frame = decode_frame(buffer[at:after])
+                at = after
+                self._process_frame(frame)
+        finally:
+            self.bytes_received += at
+            self._frame_buffer = buffer[at:]
+
+
+def _frame_end(buffer: bytes, at: int) -> int:
+    """Return where the frame at `at` ends; beyond the buffer if that is not yet known."""
+    if buffer[at] == _PROTOCOL_HEADER:
+        return at + _AROUND
+    if len(buffer) - at < _BEFORE:
+        return len(buffer) + 1
+    return at + int.from_bytes(buffer[at + 3 : at + _BEFORE], "big") + _AROUND
+
+
+_loops: dict[gevent.hub.Hub, _GeventSelectorIOLoop] = {}
+
+
+def _ioloop() -> _GeventSelectorIOLoop:
+    """Return the one pika loop of this hub: a new one per attempt to connect would leak a pipe each."""
+    hub = gevent.get_hub()
+    if hub not in _loops:
+        _loops.clear()  # another hub means that this is a child after a fork
+        _loops[hub] = _GeventSelectorIOLoop(hub)
+    return _loops[hub]
