@@ -25,7 +25,7 @@ from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.publication import Publication
 from imrelay.broker.publisher import Publisher
 from imrelay.config import WebSocketConfig
-from imrelay.errors import AnswerableError
+from imrelay.errors import AnswerableError, BrokerUnavailable
 from imrelay.hub import Hub
 from imrelay.message import (
     ClientAck,
@@ -207,6 +207,8 @@ class Session:
 
     def _submit(self, submission: Submission) -> None:
         """Hand a message to the publisher; blocks while that is full. Raises `AnswerableError`."""
+        if self._services.hub.is_draining:
+            raise BrokerUnavailable("the relay is stopping; this message was not accepted", submission.message_id)
         body = to_node(submission.body, submission.binary) if self._services.node_envelope else submission.body
         mid, time_ms = self._services.mids.next()
         publication = Publication(

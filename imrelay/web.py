@@ -84,7 +84,11 @@ class Desk:
             )
         session = environ[_SESSION] = Session(user, self._services)
         if self._services.consumers.is_open:
-            session.wait_attached(_ATTACH_TIMEOUT)
+            try:
+                session.wait_attached(_ATTACH_TIMEOUT)
+            except BaseException:  # the server kills its greenlets when it stops
+                self.abandoned(environ)
+                raise
         return None
 
     def abandoned(self, environ: Environ) -> None:
