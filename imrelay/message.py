@@ -8,11 +8,12 @@ from __future__ import annotations
 import base64
 import json
 import os
+import random
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from imrelay.errors import AnswerableError, BadId, BadJson, BadMessage, FromMismatch
 
@@ -42,8 +43,7 @@ MAX_MESSAGE_ID_BYTES = 64
 MAX_LEVELS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Submission:
+class Submission(NamedTuple):
     """A message that a browser sent and that passed all checks.
 
     `body` is what the recipient gets: the sender's bytes, with `from` added where the sender left it out.
@@ -112,12 +112,17 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+def _integer(digits: str) -> int | _BigInteger:
+    try:
+        return int(digits)
+    except ValueError:
+        return _BigInteger(digits)
+
+
 _fast = json.JSONDecoder(parse_constant=_refuse_constant)
-_careful = json.JSONDecoder(
-    parse_constant=_refuse_constant,
-    parse_int=lambda digits: int(digits) if len(digits) <= 4000 else _BigInteger(digits),
-    object_pairs_hook=_object,
-)
+#: The C scanner of it: (text, start) -> (value, end).
+_scan = cast(Any, _fast).scan_once
+_careful = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=_object)
 
 
 def parse(payload: bytes, text: str | None, user: str) -> Submission | ClientAck | ClientPing:
@@ -156,7 +161,7 @@ def _load(text: str) -> dict[str, Any]:
     """Decode the text of a message: an object, at most `MAX_LEVELS` deep, without NaN or infinities."""
     try:
         try:
-            message = _fast.decode(text)
+            message = _decode(text)
         except json.JSONDecodeError:
             raise
         except ValueError:  # an integer of more digits than sys.get_int_max_str_digits()
@@ -172,6 +177,19 @@ def _load(text: str) -> dict[str, Any]:
     if text.count("{") + text.count("[") > MAX_LEVELS:
         _check_depth(message)
     return cast(dict[str, Any], message)
+
+
+def _decode(text: str) -> Any:
+    """Decode as `_fast.decode` does, at half the cost where neither space nor error surrounds the value."""
+    if text.startswith("{"):
+        try:
+            message, end = _scan(text, 0)
+        except StopIteration:
+            pass
+        else:
+            if end == len(text):
+                return message
+    return _fast.decode(text)
 
 
 def _may_repeat_keys(text: str, message: dict[str, Any]) -> bool:
@@ -361,10 +379,11 @@ class MessageIds:
     each millisecond and count up within it. `clock` returns seconds since 1970.
     """
 
-    __slots__ = ("_clock", "_count", "_head", "_time_ms")
+    __slots__ = ("_clock", "_count", "_head", "_random", "_time_ms")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
+        self._random = random.Random(os.urandom(32))
         self._time_ms = 0
         self._head = ""
         self._count = 0
@@ -374,8 +393,8 @@ class MessageIds:
         now = int(self._clock() * 1000)
         if now > self._time_ms:
             self._time_ms = now
-            self._head = _base32(now, 5) + _base32(int.from_bytes(os.urandom(7), "big") >> 6, 5)
-            self._count = int.from_bytes(os.urandom(4), "big") >> 3
+            self._head = _base32(now, 5) + _base32(self._random.getrandbits(50), 5)
+            self._count = self._random.getrandbits(29)
         else:
             self._count += 1
         count = self._count
