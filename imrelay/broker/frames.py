@@ -130,7 +130,9 @@ def take(buffer: bytes, start: int, body_max: int) -> tuple[Delivery | Confirm |
     if buffer[header - 1] != _END or buffer[body - 1] != _END or buffer[end - 1] != _END:
         return None
     at = start + 12 + buffer[start + 11]
-    consumer_tag = buffer[start + 12 : at].decode()
+    if at + _TAG_AND_BIT.size >= header:
+        return None
+    consumer_tag = buffer[start + 12 : at].decode(errors="replace")
     tag, redelivered = _TAG_AND_BIT.unpack_from(buffer, at)
     content = buffer[body + _BEFORE : end - 1] if body_size else b""
     properties = buffer[header + _HEADER_START.size : body - 1]
