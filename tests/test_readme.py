@@ -11,7 +11,7 @@ from imrelay.config import Setting, settings
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("row", settings(), ids=lambda row: f"{row.section}.{row.key}")
+@pytest.mark.parametrize("row", list(settings()), ids=lambda row: f"{row.section}.{row.key}")
 def test_each_setting_stands_in_the_table_with_its_default(row: Setting) -> None:
     """README's table has a row for every setting, with its default and what it is."""
     default = f"`{row.default_text}`" if row.default_text else "empty"
