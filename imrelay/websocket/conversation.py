@@ -1,0 +1,361 @@
+"""The conversation with one peer, in the hub: frames in and out, the queue, liveness, the close handshake.
+
+    OPEN        messages go both ways
+    CLOSING     our close frame is out, the peer's is awaited; messages are thrown away
+    LINGERING   the last frame is written: what is left is flushed, and input drained until the peer is gone
+    CLOSED      the TCP connection is gone
+
+Pings are answered and closes seen in the hub, whatever the application does meanwhile. There is one exception.
+While as many messages wait as a socket keeps for a busy application, nothing is read: that is the back-pressure
+to the peer. Pings, closes and the end of the connection are then seen when the application has taken them.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from time import monotonic
+from typing import Any
+
+from gevent.hub import Hub
+
+from imrelay.websocket.deflate import Deflate
+from imrelay.websocket.errors import FrameError
+from imrelay.websocket.frames import BINARY, CLOSE, PING, PONG, encode_close, encode_frame, read_close
+from imrelay.websocket.outbox import Write
+from imrelay.websocket.parser import Event, FrameParser
+from imrelay.websocket.sweeper import sweeper_of
+from imrelay.websocket.wire import Limits, Wire, resume
+
+__all__ = ["Conversation", "State"]
+
+logger = logging.getLogger(__name__)
+
+#: Messages, and bytes of them, that wait for a busy application before the socket stops reading.
+MAX_QUEUED_MESSAGES = 64
+MAX_QUEUED_BYTES = 65_536
+#: Frames looked at in one turn of the hub, so that a flood of tiny ones lets the others have theirs.
+FRAMES_PER_TURN = 128
+#: Seconds that an application gets to answer the messages before a close frame, before that is answered.
+LAST_WORDS = 1.0
+#: Bytes that show, at the deadline of a pong, that a large message keeps the peer from sending it.
+ALIVE_BYTES = 4096
+
+_NEVER = float("inf")
+
+
+class State(enum.Enum):
+    """Where a socket is between the upgrade and the end of its TCP connection."""
+
+    OPEN = "open"
+    CLOSING = "closing"
+    LINGERING = "lingering"
+    CLOSED = "closed"
+
+
+_OPEN, _CLOSING, _LINGERING, _CLOSED = State.OPEN, State.CLOSING, State.LINGERING, State.CLOSED
+
+
+class Conversation(Wire):
+    """What goes on without the application. Nothing here blocks."""
+
+    __slots__ = (
+        "_closers",
+        "_deflate",
+        "_ending",
+        "_going_on",
+        "_held",
+        "_mark",
+        "_messages",
+        "_next_ping",
+        "_parser",
+        "_pings",
+        "_pong_due",
+        "_queued",
+        "_received",
+        "_receiver",
+        "_state",
+        "close_code",
+        "close_reason",
+        "subprotocol",
+    )
+
+    def __init__(
+        self,
+        sock: Any,
+        hub: Hub,
+        limits: Limits,
+        *,
+        subprotocol: str | None = None,
+        deflate: Deflate | None = None,
+    ) -> None:
+        super().__init__(sock, hub, limits)
+        self.close_code: int | None = None
+        self.close_reason = ""
+        #: The subprotocol that was agreed on, or None.
+        self.subprotocol = subprotocol
+        self._deflate = deflate
+        self._parser = FrameParser(
+            max_size=limits.max_message_size, inflate=None if deflate is None else deflate.inflate
+        )
+        self._state = _OPEN
+        self._messages: list[Event] = []
+        self._queued = 0  # bytes in _messages
+        self._receiver: Any = None
+        self._closers: list[Any] | None = None
+        #: Code, reason and answer of an end that waits for the messages before it to be taken.
+        self._ending: tuple[int, str, bytes] | None = None
+        self._held = False  # too many messages wait: nothing is read
+        self._going_on = False  # _go_on is scheduled
+        self._received = 0
+        self._mark = 0  # _received when the last ping was sent
+        self._pings = 0
+        self._pong_due = _NEVER
+        self._next_ping = _NEVER
+
+    def start(self, data: bytes = b"") -> None:
+        """Begin to read; `data` is what the client sent behind its handshake. Called once, by the handler."""
+        limits = self._limits
+        if limits.ping_interval > 0:
+            self._next_ping = monotonic() + limits.ping_interval
+        self.due = self._next_ping
+        deadlines = (limits.ping_interval, limits.ping_timeout, limits.send_timeout, limits.close_timeout)
+        shortest = min((seconds for seconds in deadlines if seconds > 0), default=1.0)
+        sweeper_of(self._hub).add(self, shortest=shortest)
+        self._start_reading()
+        if data:
+            self._received += len(data)
+            self._take_in(data)
+
+    def _write_frames(self, frames: bytes, *, pong: bool = False) -> Write | None:
+        """Write, and end the socket where that fails; return what waits."""
+        try:
+            return self._write(frames, pong=pong)
+        except BufferError as error:
+            self._give_up_on(str(error))
+        except OSError as error:
+            self._on_lost(f"connection lost: {error.strerror or error}")
+        return None
+
+    # -- receiving, in the hub -------------------------------------------------------------------------------
+
+    def _on_bytes(self, data: bytes) -> None:
+        self._received += len(data)
+        if self._state is not _LINGERING:
+            self._take_in(data)
+
+    def _take_in(self, data: bytes) -> None:
+        """Parse one turn's worth, wake the application if it waits, go on reading if there is room."""
+        messages = self._messages
+        parser = self._parser
+        pongs = []
+        for event in parser.parse(data, min(FRAMES_PER_TURN, max(1, MAX_QUEUED_MESSAGES - len(messages)))):
+            opcode, payload, _ = event
+            if opcode <= BINARY:
+                if self._state is _OPEN:
+                    messages.append(event)
+                    self._queued += len(payload)
+            elif opcode == PING:
+                pongs.append(encode_frame(PONG, payload))
+            elif opcode == PONG:
+                self._note_pong(payload)
+            elif opcode == CLOSE:
+                code, reason = read_close(payload)
+                self._ending = code, reason, encode_close(None if code == 1005 else code)
+        if parser.failure is not None:
+            error: FrameError = parser.failure
+            self._ending = error.code, error.reason, encode_close(error.code, error.reason)
+        if pongs and self._state is _OPEN:
+            self._write_frames(b"".join(pongs) if self._outbox is None else pongs[-1], pong=True)
+        if self._ending is not None:
+            self._stop_reading()
+            if self._state is _CLOSING:
+                self._ending = None
+                self._linger()
+            elif not messages or self._state is not _OPEN:
+                self._end_now()
+            else:
+                self.due = monotonic() + LAST_WORDS
+        if messages and self._receiver is not None:
+            resume(self._receiver, self._hub)
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if self._state is _CLOSED or self._ending is not None:
+            return
+        if self._state is _LINGERING:
+            self._start_reading()
+        elif len(self._messages) >= MAX_QUEUED_MESSAGES or self._queued >= MAX_QUEUED_BYTES:
+            self._held = True
+            self._stop_reading()  # receive_message goes on
+        elif self._parser.has_more:
+            self._stop_reading()  # what is here comes first
+            self._schedule()
+        else:
+            if self._held:
+                self._held = False
+                if self._pong_due is not _NEVER:
+                    # The pong may have waited in the kernel all the while.
+                    self._pong_due = monotonic() + self._limits.ping_timeout
+            self._start_reading()
+
+    def _schedule(self) -> None:
+        """Go on reading in the hub's next turn."""
+        if not self._going_on:
+            self._going_on = True
+            self._turns.add(self._go_on)
+
+    def _go_on(self) -> None:
+        """Go on with what is here already, then with what the kernel has."""
+        self._going_on = False
+        if self._reading or self._state is _CLOSED or self._ending is not None:
+            return
+        try:
+            if self._parser.has_more and self._state is not _LINGERING:
+                self._take_in(b"")
+            else:
+                self._read_on()
+        except Exception:
+            logger.exception("reading a socket failed")
+            self._on_bug()
+
+    def _on_end_of_stream(self) -> None:
+        if self._state is _LINGERING and self._outbox is not None:
+            self._stop_reading()  # half-closed by the peer, which may still take the rest
+        elif self._state is _OPEN:
+            self._on_lost("connection lost: end of stream")
+        else:
+            self._finish()
+
+    # -- liveness, in the sweeper ----------------------------------------------------------------------------
+
+    def on_due(self, now: float) -> None:
+        """Do what a deadline asks for."""
+        if self._state is _OPEN:
+            self._check_deadlines(now)
+        elif self._state is not _CLOSED:
+            self._finish(reset=self._outbox is not None)
+
+    def _check_deadlines(self, now: float) -> None:
+        if self._ending is not None:
+            self._end_now()
+            return
+        outbox, limits = self._outbox, self._limits
+        if outbox is not None and outbox.due <= now:
+            self._give_up_on(f"bytes waited longer than {limits.send_timeout:g} s")
+            return
+        if self._pong_due <= now:
+            if self._reading and self._received - self._mark < ALIVE_BYTES:
+                self._on_lost(f"no pong within {limits.ping_timeout:g} s", reset=True)
+                return
+            self._mark = self._received
+            self._pong_due = now + limits.ping_timeout
+        elif self._pong_due is _NEVER and self._next_ping <= now:
+            self._pings = (self._pings + 1) & 0xFFFFFFFF
+            self._mark = self._received
+            self._pong_due = now + limits.ping_timeout
+            self._next_ping = now + limits.ping_interval
+            self._write_frames(encode_frame(PING, self._pings.to_bytes(4, "big")))
+            if self._state is not _OPEN:
+                return
+        self.due = self._next_ping if self._pong_due is _NEVER else self._pong_due
+        if self._outbox is not None:
+            self.due = min(self.due, self._outbox.due)
+
+    def _note_pong(self, payload: bytes) -> None:
+        if payload == self._pings.to_bytes(4, "big") and self._pong_due is not _NEVER:
+            self._pong_due = _NEVER
+            self.due = min(self.due, self._next_ping)
+
+    # -- the end ---------------------------------------------------------------------------------------------
+
+    def _end_now(self) -> None:
+        """Answer the peer's close frame, or tell it what it did wrong; the application has had its turn."""
+        ending, self._ending = self._ending, None
+        if ending is not None and self._state is _OPEN:  # else something else has ended it meanwhile
+            code, reason, frame = ending
+            self._end(code, reason, frame, _LINGERING)
+
+    def _end(self, code: int, reason: str, frame: bytes, state: State) -> None:
+        """Leave OPEN with our last frame."""
+        self.close_code, self.close_reason = code, reason
+        self._enter(state)
+        self.due = monotonic() + self._limits.close_timeout
+        try:
+            self._write(frame, last=True)
+        except OSError:
+            self._finish()
+            return
+        if state is _LINGERING:
+            self._linger()
+        elif not self._reading:
+            self._schedule()
+
+    def _linger(self) -> None:
+        """Both sides are done: flush, say so, and drain what the peer still sends."""
+        self._enter(_LINGERING)
+        self.due = monotonic() + self._limits.close_timeout
+        if self._outbox is None:
+            self._half_close()
+        self._start_reading()
+
+    def _on_flushed(self) -> None:
+        if self._state is _LINGERING:
+            self._half_close()
+            self._start_reading()  # an end of stream that came before is seen again
+
+    def _give_up_on(self, reason: str) -> None:
+        """End the socket of a peer that is too slow; the close frame goes where it does not wait."""
+        self.close_code, self.close_reason = 4408, f"too slow: {reason}"
+        frame = encode_close(4408, self.close_reason)
+        outbox = self._outbox
+        if outbox is not None and outbox.is_at_frame:
+            try:
+                told = self._sock.send(frame) == len(frame)
+            except OSError:
+                told = False
+            if told:
+                self._outbox = None
+                self._writer.stop()
+                self._hub.loop.run_callback(self._wake_senders, outbox.drop())
+                self._linger()
+                return
+        self._finish(reset=True)
+
+    def _on_lost(self, reason: str, *, reset: bool = False) -> None:
+        if self._state is _OPEN:
+            self.close_code, self.close_reason = 1006, reason
+        self._finish(reset=reset)
+
+    def abort(self) -> None:
+        """End the TCP connection at once, without a close frame; for those who cannot wait."""
+        self._on_lost("connection dropped")
+
+    def _on_bug(self) -> None:
+        if self._state is _OPEN:
+            self._end(1011, "internal error", encode_close(1011, "internal error"), _LINGERING)
+        else:
+            self._finish()
+
+    def _finish(self, *, reset: bool = False) -> None:
+        if self._state is _CLOSED:
+            return
+        self._enter(_CLOSED)
+        self.due = _NEVER
+        sweeper_of(self._hub).discard(self)
+        self._release(reset=reset)
+
+    def _enter(self, state: State) -> None:
+        """Change the state, and wake who waits for that."""
+        if state is self._state:
+            return
+        logger.debug("WebSocket %x: %s (%s %s)", id(self), state.value, self.close_code, self.close_reason)
+        self._state = state
+        self._hub.loop.run_callback(self._wake_waiters)
+
+    def _wake_waiters(self) -> None:
+        if self._receiver is not None:
+            resume(self._receiver, self._hub)
+        closers, self._closers = self._closers, None
+        for closer in closers or ():
+            resume(closer, self._hub)

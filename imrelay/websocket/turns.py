@@ -1,0 +1,63 @@
+"""Turns of the hub for sockets that have more to do than one turn allows.
+
+gevent's own `run_callback` is no place for them: it runs up to 50 callbacks before it looks at the clock, and no
+socket is read or written meanwhile. Here the event loop looks after all others between two rounds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from weakref import WeakKeyDictionary
+
+from gevent.hub import Hub
+
+__all__ = ["Turns", "turns_of"]
+
+#: Seconds of one round, after which the event loop polls.
+_ROUND = 0.002
+
+
+class Turns:
+    """Calls what was added, each once and in order, a short round in each turn of the event loop."""
+
+    __slots__ = ("__weakref__", "_pid", "_queue", "_timer")
+
+    def __init__(self, hub: Hub) -> None:
+        self._queue: deque[Callable[[], None]] = deque()
+        self._timer = hub.loop.timer(0.0)
+        self._pid = os.getpid()
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """Tell whether no fork came in between."""
+        return self._pid == os.getpid()
+
+    def add(self, callback: Callable[[], None]) -> None:
+        """Call `callback` in the hub, once, when it is its turn; it must not block nor raise."""
+        if not self._queue:
+            self._timer.start(self._run_round)
+        self._queue.append(callback)
+
+    def _run_round(self) -> None:
+        queue = self._queue
+        until = monotonic() + _ROUND
+        for _ in range(len(queue)):
+            queue.popleft()()
+            if monotonic() >= until:
+                break
+        if queue:
+            self._timer.start(self._run_round)
+
+
+_turns: WeakKeyDictionary[Hub, Turns] = WeakKeyDictionary()
+
+
+def turns_of(hub: Hub) -> Turns:
+    """Return the turns of the sockets that run on `hub`."""
+    turns = _turns.get(hub)
+    if turns is None or not turns.is_of_this_process:
+        turns = _turns[hub] = Turns(hub)
+    return turns
