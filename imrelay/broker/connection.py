@@ -98,7 +98,11 @@ class Connection:
         self._set_state(State.CLOSED, "closed")
         self._pause.set()
         wire = self._wire
-        if wire is not None and not (wire.is_closed or wire.is_closing):
+        keeper = self._keeper
+        if wire is None or not wire.is_open:  # one that is just being opened closes itself: see `_connect`
+            if keeper is not None and keeper is not gevent.getcurrent():
+                keeper.kill(block=False)
+        else:
             try:
                 wire.close()
             except AMQPError:
@@ -106,8 +110,6 @@ class Connection:
             if not self._ended.wait(timeout) and not wire.is_closed:
                 wire._terminate_stream(ChannelLost("the broker did not answer connection.close in time"))
                 self._ended.wait(timeout)
-        if self._keeper is not None and self._keeper is not gevent.getcurrent():
-            self._keeper.join(timeout)
 
     @property
     def is_closed(self) -> bool:
