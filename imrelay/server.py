@@ -31,8 +31,9 @@ __all__ = ["Relay", "Server", "broker_urls", "handler_class", "inbox_keeper"]
 
 logger = logging.getLogger(__name__)
 
-#: Bound on what is left to do after the drain, in seconds.
-_LAST_FLUSH = 2.0
+#: Of the time for a graceful stop, what is kept for closing sockets and connections, in seconds; a quarter of it
+#: at most.
+_CLOSING = 5.0
 
 
 class Relay:
@@ -86,17 +87,18 @@ class Relay:
 
     def stop(self, timeout: float) -> None:
         """Stop gracefully within about `timeout` seconds: answer what was accepted, close every socket (1012)."""
-        until = time.monotonic() + timeout
+        until = time.monotonic() + timeout - min(_CLOSING, timeout / 4)
         self._hub.is_draining = True
-        self._publisher.flush(timeout)
+        lost = self._publisher.flush(until - time.monotonic())
+        if lost:
+            logger.error("%d messages were not confirmed by the broker; their senders are told", lost)
+        publisher = gevent.spawn(self._publisher.stop)
+        gevent.sleep(0)  # it answers those senders at once, while they can be told
         late = self._hub.drain(1012, "the relay is stopping", max(0.0, until - time.monotonic()))
         if late:
             logger.warning("%d sockets had not taken what was under way to them; it stays in their inboxes", late)
         self._consumers.stop()
-        lost = self._publisher.flush(_LAST_FLUSH)
-        if lost:
-            logger.error("%d messages were not confirmed by the broker; their senders had no ack for them", lost)
-        self._publisher.stop()
+        publisher.join()
         self._hub.stop()
 
 

@@ -75,7 +75,7 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         user = (self.extra or {})["user"]
-        return f"session of {user!a}: {msg}", kwargs
+        return "session of {}: {}".format(ascii(user).replace("%", "%%"), msg), kwargs
 
 
 class Session:
@@ -137,7 +137,11 @@ class Session:
             self._log.exception("its reader met a fault of its own")
             self.close(1011, "a fault of the relay's")
         finally:
+            self.close(1001, "going away")  # for when this greenlet was killed
             writer.join()
+            # The hub counts it until the browser has answered the close frame. A process that ended before could
+            # take back what the kernel still holds for it: with unread input, its sockets end with a reset.
+            websocket.close()
             self._set_state(State.CLOSED)
             self._log.info(
                 "closed with %s %s after %.1f s, %d received, %d sent",

@@ -6,13 +6,16 @@ request context would live as long as the socket, in every one of them.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from typing import Any
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from imrelay.errors import BadId
@@ -20,7 +23,7 @@ from imrelay.message import check_id
 from imrelay.session import Services, Session
 from imrelay.websocket import Refusal, WebSocket, origin_allowed
 
-__all__ = ["Desk"]
+__all__ = ["Desk", "page_policy"]
 
 logger = logging.getLogger(__name__)
 
@@ -110,14 +113,20 @@ def _path(environ: Environ) -> str:
 def _make_flask(problem: Callable[[], str]) -> Flask:
     app = Flask("imrelay", static_folder=None)
     page = resources.files("imrelay").joinpath("page.html").read_text(encoding="utf-8")
+    headers = {
+        "Cache-Control": "no-cache",
+        "Content-Security-Policy": page_policy(page),
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
 
     @app.get("/")
     @app.get("/<user>")
     def chat(user: str = "") -> Response:
         """The chat page; it reads from its own address which user it is."""
         if user:
-            check_id(user)
-        return Response(page, content_type="text/html; charset=utf-8", headers={"Cache-Control": "no-cache"})
+            check_id(_path(request.environ))
+        return Response(page, content_type="text/html; charset=utf-8", headers=headers)
 
     @app.get("/healthz")
     def healthz() -> Response:
@@ -148,6 +157,20 @@ def _make_flask(problem: Callable[[], str]) -> Flask:
         return _error(500, "internal_error", "a fault of the relay's; its log says more")
 
     return app
+
+
+def page_policy(page: str) -> str:
+    """Return the Content-Security-Policy of the page: its own script and style, its own socket, nothing else."""
+
+    def hashes(tag: str) -> str:
+        bodies = re.findall(rf"<{tag}\b[^>]*>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (base64.b64encode(hashlib.sha256(body.encode()).digest()).decode() for body in bodies)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
 
 
 def _json(status: int, body: dict[str, Any]) -> Response:
