@@ -18,6 +18,7 @@ from pika.exceptions import AMQPError, ChannelClosedByBroker, ChannelClosedByCli
 
 from imrelay.broker.connection import Connection, describe
 from imrelay.broker.frames import Delivery, PublishTemplate, encode_ack
+from imrelay.broker.wire import WireChannel
 from imrelay.errors import ChannelLost
 
 __all__ = ["Channel"]
@@ -100,10 +101,15 @@ class Channel:
         if self.lost is None and self._pika.is_open:
             self._pika._send_method(method)
 
-    def ack(self, tag: int, *, multiple: bool) -> None:
-        """Acknowledge the delivery, or all up to it (`basic.ack`); on a lost channel they are void."""
+    def ack(self, tag: int, *, multiple: bool, at_once: bool) -> None:
+        """Acknowledge the delivery, or all up to it (`basic.ack`); on a lost channel they are void.
+
+        Unless `at_once`, it waits a few milliseconds for others.
+        """
         if self.lost is None and self._pika.is_open:
-            self._pika.connection.emit(encode_ack(self._pika.channel_number, tag, multiple))
+            wire = self._pika.connection
+            frame = encode_ack(self._pika.channel_number, tag, multiple)
+            (wire.emit if at_once else wire.emit_later)(frame)
 
     def confirm(
         self,
@@ -117,7 +123,7 @@ class Channel:
         """
         self._pika.on_confirm = on_confirm
         for method, accepted in ((spec.Basic.Ack, True), (spec.Basic.Nack, False)):
-            self._pika.add_callback(partial(_tell_confirm, on_confirm, accepted), [method], False)
+            self._pika.add_callback(partial(_tell_confirm, self._pika, accepted), [method], False)
         self._pika.add_on_return_callback(
             lambda channel, method, properties, body: on_return(properties.message_id)
         )
@@ -141,11 +147,15 @@ class Channel:
         self._pika.connection.emit(self._template.encode(key, mid, binary, body))
 
     def close(self) -> None:
-        """Close the channel: what was not acknowledged goes back to its queue. Returns at once; idempotent."""
+        """Close the channel: what was not acknowledged goes back to its queue. Returns at once; idempotent.
+
+        A confirm that comes late is left out: its tag means another message on the publisher's next channel.
+        """
         if self.lost is not None:
             return
         self._on_lost = None
         self._pika.on_delivery = None
+        self._pika.on_confirm = None
         try:
             self._pika.close()
         except AMQPError:  # it is on its way to be closed by the other side
@@ -178,5 +188,6 @@ def _in_order(expected: Sequence[type[Method]], replies: list[Method]) -> list[M
     return [left.pop(next(i for i, reply in enumerate(left) if type(reply) is kind)) for kind in expected]
 
 
-def _tell_confirm(on_confirm: Callable[[int, bool, bool], None], accepted: bool, frame: Any) -> None:
-    on_confirm(frame.method.delivery_tag, frame.method.multiple, accepted)
+def _tell_confirm(channel: WireChannel, accepted: bool, frame: Any) -> None:
+    if channel.on_confirm is not None:
+        channel.on_confirm(frame.method.delivery_tag, frame.method.multiple, accepted)

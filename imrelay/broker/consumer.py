@@ -52,11 +52,13 @@ class Consumer:
         "_channel",
         "_closed",
         "_held",
+        "_hurry_from",
         "_keeper",
         "_live",
         "_mailbox",
         "_newest",
         "_ordered_from",
+        "_unsaid",
         "_was_live",
         "failures",
         "is_attached",
@@ -79,6 +81,8 @@ class Consumer:
         self._was_live = False
         #: Deliveries of the inbox that wait until the live queue is empty; None when not being promoted.
         self._held: list[Delivery] | None = None
+        #: Acknowledgements since the last that was sent at once, and how many make the next one so.
+        self._unsaid = self._hurry_from = 0
         #: The delivery tag that came last.
         self._newest = 0
         #: From this delivery tag on, tags come out of the mailbox in their order.
@@ -112,23 +116,41 @@ class Consumer:
         if channel is None or not tags:
             return
         if tags[0] >= self._ordered_from:
-            channel.ack(tags[-1], multiple=True)
+            channel.ack(tags[-1], multiple=True, at_once=self._is_urgent(len(tags)))
         else:
             self.ack_each(taken)
 
     def ack_each(self, taken: Sequence[Delivery]) -> None:
         """Acknowledge these deliveries and no others, in whatever order they came."""
         channel = self._channel
-        if channel is not None:
-            for delivery in taken:
-                if delivery.channel is channel:
-                    channel.ack(delivery.tag, multiple=False)
+        if channel is None:
+            return
+        at_once = self._is_urgent(len(taken))
+        for delivery in taken:
+            if delivery.channel is channel:
+                channel.ack(delivery.tag, multiple=False, at_once=at_once)
+
+    def _is_urgent(self, count: int) -> bool:
+        """Tell whether the broker should hear of acknowledgements now, lest it run out of what it may deliver."""
+        self._unsaid += count
+        if self._unsaid < self._hurry_from:
+            return False
+        self._unsaid = 0
+        return True
 
     def rebind(self, topology: Topology) -> None:
         """Bind the user's exchange and inbox again, where an operator has deleted what held them."""
         if self._channel is not None and self.is_attached:
             for method in topology.declare_user(self.user, AS_IT_STANDS[1]):
                 self._channel.send(method)
+
+    def rebind_live(self, topology: Topology) -> None:
+        """Bind the live queue again, if there is one: nobody is told when an operator deletes its exchange.
+
+        Where that has not been made again, the broker closes the channel, and all of it comes back with the next.
+        """
+        if self._channel is not None and self.is_attached and self._live is not None and self._held is None:
+            self._channel.send(topology.bind_live(self.user, self._live))
 
     def close(self) -> None:
         """End it: what was not acknowledged goes to the user's next socket. Idempotent, returns at once."""
@@ -144,7 +166,8 @@ class Consumer:
         Called by the pool alone. Raises `ChannelLost` when the broker refuses or the connection ends.
         """
         self._live = self._held = None
-        self._newest = 0
+        self._newest = self._unsaid = 0
+        self._hurry_from = prefetch // 2
         self._ordered_from = 0
         for keep in AS_IT_STANDS:
             channel = Channel(
@@ -165,16 +188,21 @@ class Consumer:
             self._attached.set()
 
     def _consume(self, channel: Channel, topology: Topology, prefetch: int, keep: Keep) -> None:
+        # A passive declare counts who stands by at a classic queue, but not at a quorum queue (RabbitMQ 3.10):
+        # there it has to be asked before, and the pool sees to it that nobody else of this process is in between.
+        ask = topology.ask_inbox(self.user)
+        before = [ask] if topology.is_replicated or keep.inbox else []
         answers = channel.call(
             *topology.declare_user(self.user, keep),
+            *before,
             spec.Basic.Qos(prefetch_count=prefetch),
             topology.consume_inbox(self.user),
-            topology.ask_inbox(self.user),
+            ask,
         )
-        if answers[-1].consumer_count > 1:
+        if answers[-1].consumer_count > 1 or (before and answers[0].consumer_count > 0):
             live = channel.call(topology.declare_live())[0].queue
             self._live, self._was_live = live, True
-            channel.call(*topology.consume_live(self.user, live))
+            channel.call(topology.bind_live(self.user, live), topology.consume_live(live))
 
     def _on_delivery(self, delivery: Delivery) -> None:
         """Take a delivery, in the hub."""

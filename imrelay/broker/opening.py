@@ -1,13 +1,16 @@
-"""Opening an inbox from the sender's side, where nobody has come to open it for himself."""
+"""Reaching an inbox from the sender's side: opening one for who never came, and offering a message once more."""
 
 from __future__ import annotations
 
+from gevent.event import AsyncResult
+
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
+from imrelay.broker.publication import Publication
 from imrelay.broker.topology import AS_IT_STANDS, Topology
 from imrelay.errors import ChannelLost
 
-__all__ = ["inbox_exists", "open_inbox"]
+__all__ = ["inbox_exists", "offer", "open_inbox"]
 
 #: `channel.close` codes of AMQP 0-9-1.
 _NOT_FOUND, _PRECONDITION_FAILED = 404, 406
@@ -39,3 +42,23 @@ def open_inbox(connection: Connection, topology: Topology, user: str) -> None:
                 raise
         finally:
             channel.close()
+
+
+def offer(
+    connection: Connection, topology: Topology, publication: Publication, *, persistent: bool, timeout: float
+) -> bool:
+    """Publish a message on a channel of its own and tell whether the broker confirmed it within `timeout` seconds.
+
+    Raises `ChannelLost`.
+    """
+    answer: AsyncResult = AsyncResult()
+    returned: list[str | None] = []
+    channel = Channel(connection, on_lost=answer.set_exception)
+    try:
+        channel.confirm(lambda tag, multiple, accepted: answer.set(accepted and not returned), returned.append)
+        channel.prepare(topology.exchange, persistent=persistent)
+        channel.publish(publication.user, publication.mid, publication.binary, publication.body)
+        answer.wait(timeout)
+        return answer.ready() and bool(answer.get())
+    finally:
+        channel.close()

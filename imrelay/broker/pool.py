@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 #: Consumers that are being attached at the same time: a broker that has just come back is not knocked over again.
 _PARALLEL = 16
+#: Seconds between two rounds in which the live queues are bound again.
+_REBIND_INTERVAL = 10.0
+#: Pause before another look whether the user's other consumer is attached, in seconds.
+_MOMENT = 0.005
 #: Bounds of the pause after a consumer could not be attached, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
 #: `channel.close` code of AMQP 0-9-1.
@@ -50,17 +54,24 @@ class ConsumerPool:
         self._consumers: set[Consumer] = set()
         self._queue: deque[Consumer] = deque()
         self._attachers = 0
+        #: Users of whom a consumer is being attached: one after the other, for the reason that `Consumer` gives.
+        self._busy: set[str] = set()
         self._change: AsyncResult = AsyncResult()
         self._stopped = False
         self._kept_is_said = False
+        self._rebinder: gevent.Greenlet | None = None
 
     def start(self) -> None:
         """Begin to connect; returns at once."""
         self._grow()
+        self._rebinder = gevent.spawn(self._run_rebinder)
+        self._rebinder.name = "rebinder"
 
     def stop(self) -> None:
         """Close all connections, and with them all channels; what was not acknowledged goes back."""
         self._stopped = True
+        if self._rebinder is not None:
+            self._rebinder.kill(block=False)
         self._announce()
         for connection in self._connections:
             connection.close()
@@ -121,6 +132,12 @@ class ConsumerPool:
                 lost,
             )
 
+    def _run_rebinder(self) -> None:
+        while True:
+            gevent.sleep(_REBIND_INTERVAL)
+            for consumer in list(self._consumers):
+                consumer.rebind_live(self._topology)
+
     def _run_attacher(self) -> None:
         try:
             while self._queue and not self._stopped:
@@ -129,6 +146,11 @@ class ConsumerPool:
             self._attachers -= 1
 
     def _attach(self, consumer: Consumer) -> None:
+        if consumer.user in self._busy:
+            self._queue.append(consumer)
+            gevent.sleep(_MOMENT)
+            return
+        self._busy.add(consumer.user)
         lost: ChannelLost | None = None
         try:
             connection = self._wait_for_connection()
@@ -139,6 +161,8 @@ class ConsumerPool:
         except Exception:
             logger.exception("the consumer of %s met a fault of the relay's", ascii(consumer.user))
             lost = ChannelLost("a fault of the relay's", _INTERNAL_ERROR)
+        finally:
+            self._busy.discard(consumer.user)
         if not (consumer.is_closed or consumer.is_attached or self._stopped):
             self.enqueue(consumer, lost)
 

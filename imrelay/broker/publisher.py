@@ -5,7 +5,9 @@ them. What a lost connection leaves unconfirmed is published again, in order and
 
 Order between one sender and one recipient needs care in one case, the recipient whose inbox may not exist: the
 first message to an id that this process has not yet reached goes alone, and what follows waits in a `_Detour`
-until it is known where that one went. A returned one opens the inbox (or is refused, by configuration).
+until it is known where that one went. A returned one opens the inbox (or is refused, by configuration). In a
+cluster, a refused one (`basic.nack`) may have met an inbox whose leader is just being elected: it is offered again
+on a fresh channel before its inbox counts as full, which could not be done in order if others were under way.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from gevent.lock import Semaphore
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
-from imrelay.broker.opening import inbox_exists, open_inbox
+from imrelay.broker.opening import inbox_exists, offer, open_inbox
 from imrelay.broker.publication import Publication
 from imrelay.broker.topology import Topology
 from imrelay.errors import (
@@ -48,6 +50,8 @@ _REACHED = 10_000
 _LOST_PAUSE = 0.02
 #: Pause after the broker has refused the publisher's channel or an inbox, in seconds.
 _REFUSED_PAUSE = 0.5
+#: How often a refused message that went alone is offered again, with `_REFUSED_PAUSE` before each.
+_OFFERS = 6
 #: `channel.close` code of AMQP 0-9-1.
 _NOT_FOUND = 404
 
@@ -55,10 +59,12 @@ _NOT_FOUND = 404
 class _Detour:
     """Messages to one user that wait until it is known where those under way have gone."""
 
-    __slots__ = ("in_flight", "returned", "waiting")
+    __slots__ = ("in_flight", "is_alone", "returned", "waiting")
 
-    def __init__(self, in_flight: int) -> None:
+    def __init__(self, in_flight: int, *, is_alone: bool = False) -> None:
         self.in_flight = in_flight
+        #: Whether it began with the one message under way.
+        self.is_alone = is_alone
         self.returned: list[Publication] = []
         self.waiting: deque[Publication] = deque()
 
@@ -169,9 +175,7 @@ class Publisher:
                 gevent.sleep(_REFUSED_PAUSE if exc.reply_code else _LOST_PAUSE)
             except Exception:
                 logger.exception("the publisher met a fault of its own and begins anew")
-                if self._channel is not None:
-                    self._channel.close()
-                self._channel = None
+                self._leave()
                 gevent.sleep(_REFUSED_PAUSE)
 
     def _open(self) -> None:
@@ -188,6 +192,8 @@ class Publisher:
             self._on_exchange_lost()
         self._unconfirmed.clear()
         self._detours.clear()
+        self._reached.clear()  # on another node the way to an inbox is another one
+        self._reached_before.clear()
         self._queue = deque(self._pending.values())
         for publication in self._queue:
             publication.returned = False
@@ -225,7 +231,7 @@ class Publisher:
             self._detours[user].waiting.append(publication)
             return
         if not self._has_reached(user):
-            self._detours[user] = _Detour(in_flight=1)
+            self._detours[user] = _Detour(in_flight=1, is_alone=True)
         self._transmit(publication)
 
     def _transmit(self, publication: Publication) -> None:
@@ -272,12 +278,55 @@ class Publisher:
             detour.in_flight -= 1
             if publication.returned:
                 detour.returned.append(publication)
+        if not accepted and detour is not None and detour.is_alone and self._topology.is_replicated:
+            gevent.spawn(self._run_offers, publication, detour).name = f"offers:{publication.user}"
+            return
         if not accepted:
-            self._finish(publication, InboxFull("the recipient's inbox is full; try again later"))
+            self._refuse(publication)
         elif not publication.returned:
             self._finish(publication, None)
         if detour is not None and not detour.in_flight:
             self._end_detour(publication.user, detour)
+
+    def _refuse(self, publication: Publication) -> None:
+        self._finish(publication, InboxFull("the recipient's inbox is full; try again later"))
+
+    def _run_offers(self, publication: Publication, detour: _Detour) -> None:
+        """Find out whether an inbox that has refused a message is full, or had no leader at that moment.
+
+        RabbitMQ goes on to refuse what comes over a channel whose first message found a quorum queue without a
+        leader (3.10). So it is offered over fresh ones; when that is taken, the publisher needs a fresh one too.
+        """
+        accepted = False
+        for _ in range(_OFFERS):
+            gevent.sleep(_REFUSED_PAUSE)
+            if self._detours.get(publication.user) is not detour or publication.done:
+                break
+            left = publication.deadline - time.monotonic()
+            try:
+                accepted = offer(
+                    self._connection, self._topology, publication, persistent=self._persistent, timeout=left
+                )
+            except ChannelLost as exc:
+                logger.debug("message %s could not be offered again: %s", publication.mid, exc)
+            if accepted:
+                break
+        if accepted:
+            self._finish(publication, None)
+        if self._detours.get(publication.user) is not detour:  # the channel was lost, and all is queued again
+            return
+        if accepted:
+            self._leave()
+        else:
+            self._refuse(publication)
+            self._end_detour(publication.user, detour)
+
+    def _leave(self) -> None:
+        """Close the channel; the publisher opens another one, and publishes again what was not confirmed."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
+        self._wake.set()
 
     def _end_detour(self, user: str, detour: _Detour) -> None:
         """All that was under way to this user has been answered by the broker; in the hub."""
@@ -306,9 +355,12 @@ class Publisher:
             for publication in detour.returned:
                 publication.returned = False
             detour.waiting.extendleft(reversed(detour.returned))
-            self._resume(user, detour)
+        self._resume(user, detour)
 
     def _resume(self, user: str, detour: _Detour) -> None:
+        """Queue again what waited; after the loss of the channel all has been, and the detour is void."""
+        if self._detours.get(user) is not detour:
+            return
         del self._detours[user]
         self._queue.extendleft(reversed(detour.waiting))
         self._wake.set()

@@ -32,16 +32,18 @@ class Keep:
 
 
 #: What is tried in turn: after settings were changed, the broker refuses declarations of before with 406.
-AS_IT_STANDS = (Keep(), Keep(inbox=True), Keep(inbox=True, exchange=True))
+AS_IT_STANDS = (Keep(), Keep(inbox=True), Keep(exchange=True), Keep(inbox=True, exchange=True))
 
 
 class Topology:
     """The names and declarations for one exchange and one set of inbox settings."""
 
-    __slots__ = ("_inbox_arguments", "exchange")
+    __slots__ = ("_inbox_arguments", "exchange", "is_replicated")
 
     def __init__(self, exchange: str, inbox: InboxConfig) -> None:
         self.exchange = exchange
+        #: Whether an inbox stands on several nodes of a cluster, of which one leads.
+        self.is_replicated = inbox.queue_type == "quorum"
         self._inbox_arguments: dict[str, Any] = {
             "x-queue-type": inbox.queue_type,
             "x-single-active-consumer": True,
@@ -112,9 +114,11 @@ class Topology:
         """
         return spec.Queue.Declare(queue="", exclusive=True, auto_delete=True)
 
-    def consume_live(self, user: str, live: str) -> list[Method]:
-        """The methods that bind a live queue to the user's exchange and consume it."""
-        return [
-            spec.Queue.Bind(queue=live, exchange=self.user_exchange(user), routing_key="", nowait=True),
-            spec.Basic.Consume(queue=live, consumer_tag=LIVE_TAG),
-        ]
+    def bind_live(self, user: str, live: str) -> Method:
+        """`queue.bind` of a live queue to the user's exchange, without an answer."""
+        return spec.Queue.Bind(queue=live, exchange=self.user_exchange(user), routing_key="", nowait=True)
+
+    @staticmethod
+    def consume_live(live: str) -> Method:
+        """`basic.consume` with manual acknowledgement on a live queue."""
+        return spec.Basic.Consume(queue=live, consumer_tag=LIVE_TAG)

@@ -23,6 +23,9 @@ __all__ = ["Wire", "WireChannel"]
 
 #: Bytes that are read from the broker at once; then others have their turn.
 _READ_SIZE = 65_536
+#: How long acknowledgements wait for company, in seconds: alone, each would cost both sides a system call and the
+#: broker a turn. What a crash in that time leaves unacknowledged is delivered again with the same message id.
+_LATER = 0.005
 #: What a frame has before its payload, and around it (AMQP 0-9-1, 2.3.5).
 _BEFORE, _AROUND = 7, 8
 #: The first octet of a protocol header, which is no frame.
@@ -59,6 +62,9 @@ class Wire(GeventConnection):  # type: ignore[misc]
 
     def __init__(self, parameters: pika.URLParameters, **callbacks: Callable[..., None]) -> None:
         self._unsent: list[bytes] = []
+        self._flush_is_due = False
+        self._hub = gevent.get_hub()
+        self._later = self._hub.loop.timer(_LATER)
         self._frame_buffer = b""
         super().__init__(parameters, custom_ioloop=_ioloop(), **callbacks)
 
@@ -69,14 +75,23 @@ class Wire(GeventConnection):  # type: ignore[misc]
 
     def emit(self, frames: bytes) -> None:
         """Send complete frames, together with all others of this turn of the loop. May be called from the hub."""
-        if not self._unsent:
-            gevent.get_hub().loop.run_callback(self._flush)
         self._unsent.append(frames)
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            self._hub.loop.run_callback(self._flush)
+
+    def emit_later(self, frames: bytes) -> None:
+        """Send complete frames with the next that are sent, or after `_LATER`. May be called from the hub."""
+        self._unsent.append(frames)
+        if not self._flush_is_due and not self._later.active:
+            self._later.start(self._flush)
 
     def _adapter_emit_data(self, data: bytes) -> None:
         self.emit(data)
 
     def _flush(self) -> None:
+        self._flush_is_due = False
+        self._later.stop()
         data = b"".join(self._unsent)
         self._unsent.clear()
         transport = self._transport
