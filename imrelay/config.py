@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -378,12 +379,16 @@ _CHECKS = {"optional": _check_optional, "origin": _check_origin, "url": _check_u
 
 def hide_password(url: str) -> str:
     """Return the URL with `***` in place of its password, for logs and error texts."""
-    scheme, sep, rest = url.partition("://")
-    authority, at, tail = rest.rpartition("@")
-    if not sep or not at:
-        return url
-    user, colon, _ = authority.partition(":")
-    return f"{scheme}://{user}{':***' if colon else ''}@{tail}"
+    found = _PASSWORD.fullmatch(url)
+    if found is not None:
+        return f"{found['before']}:***{found['tail']}"
+    return _NO_PORT.sub(":***", url)
+
+
+#: Also of what is no URL, such as one without its '//'.
+_PASSWORD = re.compile(r"(?P<before>(?:[A-Za-z]+:/+|amqps?:|(?!\w+:/))[^:@/]*):.*(?P<tail>@[^@]*)", re.S)
+#: What stands where a port should and is none: the first half of a password with a blank in it.
+_NO_PORT = re.compile(r"(?<=[^:/]):(?!/|\d+(?:/|$)).*", re.S)
 
 
 def _sections() -> dict[str, type]:

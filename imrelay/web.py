@@ -86,7 +86,7 @@ class Desk:
                 503, "too_many_connections", "this relay has as many sockets as it may; try again later"
             )
         session = environ[_SESSION] = Session(user, self._services)
-        if self._services.consumers.is_open:
+        if self._services.consumers.may_open_soon:
             try:
                 session.wait_attached(_ATTACH_TIMEOUT)
             except BaseException:  # the server kills its greenlets when it stops

@@ -73,10 +73,13 @@ class Channel:
     def call(self, *methods: Method) -> list[Method]:
         """Send the methods and block until the broker has answered each that is not `nowait`.
 
-        Returns the answers in that order. Raises `ChannelLost`, with the broker's reply code where it refused one.
+        One greenlet at a time. Returns the answers in that order. Raises `ChannelLost`, with the broker's reply
+        code where it refused one.
         """
         if self.lost is not None:
             raise self.lost
+        if self._pika.is_closing:  # what followed channel.close would cost the whole connection (504)
+            raise ChannelLost("the channel is being closed")
         expected: list[type[Method]] = []
         self._replies = []
         self._awaited = AsyncResult()

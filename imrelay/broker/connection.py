@@ -158,7 +158,8 @@ class Connection:
             return
         self._tell(state, problem)
         self.state = state
-        self.problem = problem
+        if state is not State.CONNECTING:  # which does not yet know better
+            self.problem = problem
         if state in (State.OPEN, State.BLOCKED):
             self._open.set()
         else:

@@ -182,8 +182,13 @@ class Consumer:
                 if exc.reply_code != _PRECONDITION_FAILED or keep is AS_IT_STANDS[-1]:
                     raise
                 self._keeper.report_kept(self.user, exc)
+            except BaseException:
+                self._leave()
+                raise
         self.is_attached = True
         self.failures = 0
+        if self._held is not None:
+            self._promote(channel)
         if self._attached is not None:
             self._attached.set()
 
@@ -218,10 +223,15 @@ class Consumer:
             if self._held is None:
                 self._held = []
                 self._ordered_from = math.inf
-                gevent.spawn(self._run_promotion, channel, self._live).name = f"promotion:{self.user}"
+                if self.is_attached:
+                    self._promote(channel)
             self._held.append(delivery)
         else:
             self._mailbox.put(delivery)
+
+    def _promote(self, channel: Channel) -> None:
+        """Begin to change over; not while `attach` still uses the channel."""
+        gevent.spawn(self._run_promotion, channel, self._live).name = f"promotion:{self.user}"
 
     def _run_promotion(self, channel: Channel, live: str) -> None:
         """Change over from the live queue to the inbox, without a gap and without a message out of order.

@@ -82,6 +82,11 @@ class ConsumerPool:
         return any(connection.is_open for connection in self._connections)
 
     @property
+    def may_open_soon(self) -> bool:
+        """Whether they can, or whether it is just being tried."""
+        return self.is_open or any(connection.state is State.CONNECTING for connection in self._connections)
+
+    @property
     def problem(self) -> str:
         """Why consumers cannot be attached."""
         return self._connections[0].problem if self._connections else "not started"

@@ -1,0 +1,243 @@
+"""The floors of the house: which module of imrelay may import which, and who may know the libraries."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import imrelay
+
+#: The floors from the ground up; of two rooms of one floor, either may import the other.
+FLOORS = (
+    {"imrelay", "imrelay.errors"},
+    {"imrelay.config", "imrelay.message", "imrelay.log", "imrelay.tokens", "imrelay.limits"},
+    {"imrelay.broker", "imrelay.websocket"},
+    {"imrelay.session", "imrelay.hub", "imrelay.protocol"},
+    {"imrelay.web"},
+    {"imrelay.server", "imrelay.hosting"},
+    {"imrelay.cli", "imrelay.__main__", "imrelay.wsgi"},
+)
+WINGS = {"imrelay.broker", "imrelay.websocket"}
+GROUND = "imrelay.errors"
+VALUES = FLOORS[1]
+DOORS = FLOORS[6]
+
+#: Library -> the rooms that may import it.
+KEEPERS = {
+    "pika": {"imrelay.broker"},
+    "geventwebsocket": {"imrelay.websocket", "imrelay.hosting", "imrelay.wsgi", "imrelay.server"},
+    "flask": {"imrelay.web"},
+    "werkzeug": {"imrelay.web"},
+    "gunicorn": set(),
+    "gevent.monkey": DOORS,
+}
+#: What no value may import: it waits, has a handle on something outside, or reads a clock.
+OUTSIDE = {
+    "asyncio", "concurrent", "datetime", "flask", "gevent", "geventwebsocket", "greenlet", "http", "pika",
+    "select", "selectors", "signal", "socket", "ssl", "subprocess", "threading", "websockets", "werkzeug",
+}  # fmt: skip
+
+ROOT = Path(imrelay.__file__).parent
+
+
+def imports_of(source: str, module: str, *, is_package: bool = False) -> set[str]:
+    """Return the dotted names of all that a module's source imports, wherever in it that stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, base] if base else parts)
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+    return found
+
+
+def room_of(name: str) -> str | None:
+    """Return the room of the map to which a dotted name of imrelay belongs; None for one that is on no floor."""
+    room = ".".join(name.split(".")[:2])
+    return room if any(room in floor for floor in FLOORS) else None
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def floor_of(room: str) -> int:
+    """Return the number of a room's floor."""
+    return next(number for number, floor in enumerate(FLOORS) if room in floor)
+
+
+def may_import(importer: str, imported: str) -> bool:
+    """Tell whether a module may import another one of imrelay: from a floor below, or along its own."""
+    upper, lower = room_of(importer), room_of(imported)
+    if lower is None and imported.count(".") == 1 and not _is_module(imported):
+        lower = "imrelay"  # `from imrelay import __version__`: a name of the package itself
+    if upper is None or lower is None:
+        return False
+    if upper != lower and {upper, lower} <= WINGS:
+        return False
+    return floor_of(lower) <= floor_of(upper)
+
+
+def is_part(name: str, package: str) -> bool:
+    """Tell whether a dotted name is a package or something in it."""
+    return name == package or name.startswith(package + ".")
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT.parent).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(_modules())
+IMPORTS = {
+    name: imports_of(path.read_text(encoding="utf-8"), name, is_package=path.name == "__init__.py")
+    for name, path in MODULES.items()
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_is_on_the_map(module: str) -> None:
+    """A new module needs a place in the house."""
+    assert room_of(module) is not None, f"{module} is on no floor"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_or_along_the_floor(module: str) -> None:
+    """No module imports from a floor above, and no wing imports the other one."""
+    wrong = {name for name in IMPORTS[module] if is_part(name, "imrelay") and not may_import(module, name)}
+    assert not wrong, f"{module} may not import {sorted(wrong)}"
+
+
+def test_nothing_goes_round_in_circles() -> None:
+    """Along a floor, too, the imports have an order: no module imports itself by way of others."""
+    graph = {
+        module: {other for other in MODULES if other != module and any(is_part(name, other) for name in names)}
+        for module, names in IMPORTS.items()
+    }
+    for others in graph.values():
+        others.discard("imrelay")
+    for package in WINGS:  # a package's front names its rooms; they name each other, not the front
+        assert not [name for name, names in IMPORTS.items() if is_part(name, package + ".") and package in names]
+        for module in graph:
+            if is_part(module, package):
+                graph[module].discard(package)
+    while free := {module for module, others in graph.items() if not others & graph.keys()}:
+        for module in free:
+            del graph[module]
+    assert not graph, f"these import each other in a circle: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("library", KEEPERS)
+def test_each_library_is_known_in_its_rooms_alone(library: str) -> None:
+    """pika is for broker/, gevent-websocket for websocket/ and the roof, Flask for the desk, patches for doors."""
+    wrong = {
+        module
+        for module, names in IMPORTS.items()
+        if any(is_part(name, library) for name in names) and room_of(module) not in KEEPERS[library]
+    }
+    assert not wrong, f"{sorted(wrong)} may not import {library}"
+
+
+@pytest.mark.parametrize("module", sorted(VALUES & MODULES.keys()))
+def test_values_are_pure(module: str) -> None:
+    """A value has no socket, no greenlet and no clock but one passed in."""
+    wrong = {name for name in IMPORTS[module] if name.split(".")[0] in OUTSIDE}
+    assert not wrong, f"{module} may not import {sorted(wrong)}"
+    assert not clocks_of(MODULES[module].read_text(encoding="utf-8")), f"{module} reads a clock of its own"
+
+
+def clocks_of(source: str) -> set[str]:
+    """Return what a source uses of `time` but `gmtime`, which only converts the time that it is given."""
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time"
+    }
+    used |= {name.removeprefix("time.") for name in imports_of(source, "x") if name.startswith("time.")}
+    return used - {"gmtime"}
+
+
+def test_the_ground_imports_nothing() -> None:
+    """errors.py stands on nothing."""
+    assert {name for name in IMPORTS[GROUND] if not name.startswith("__future__.")} == set()
+
+
+@pytest.mark.parametrize("module", ["imrelay.cli", "imrelay.wsgi"])
+def test_a_door_patches_before_it_imports_anything_else(module: str) -> None:
+    """What is imported before `monkey.patch_all()` would keep the blocking socket."""
+    seen = []
+    for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            continue
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            seen.append(ast.unparse(node))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            seen.append(ast.unparse(node.value))
+    assert seen[:2] == ["from gevent import monkey", "monkey.patch_all()"]
+
+
+def test_nothing_is_imported_by_its_name_at_run_time() -> None:
+    """`importlib.import_module` and `__import__` would go past this test."""
+    for module, names in IMPORTS.items():
+        hidden = {
+            name for name in names if is_part(name, "importlib") and not is_part(name, "importlib.resources")
+        }
+        assert not hidden, f"{module} imports {sorted(hidden)}"
+        calls = ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        assert not [node for node in calls if isinstance(node, ast.Name) and node.id == "__import__"], module
+
+
+@pytest.mark.parametrize(
+    ("line", "module", "is_package", "name"),
+    [
+        ("import imrelay.web", "imrelay.hub", False, "imrelay.web"),
+        ("import imrelay.web as desk", "imrelay.hub", False, "imrelay.web"),
+        ("from imrelay import web", "imrelay.hub", False, "imrelay.web"),
+        ("from .web import Desk", "imrelay.hub", False, "imrelay.web.Desk"),
+        ("from . import web", "imrelay.hub", False, "imrelay.web"),
+        ("from ..web import Desk", "imrelay.broker.channel", False, "imrelay.web.Desk"),
+        ("from ..web import Desk", "imrelay.broker", True, "imrelay.web.Desk"),
+        ("def f():\n    import imrelay.web", "imrelay.hub", False, "imrelay.web"),
+        ("if TYPE_CHECKING:\n    from imrelay.web import Desk", "imrelay.hub", False, "imrelay.web.Desk"),
+    ],
+)
+def test_every_spelling_of_an_import_is_read(line: str, module: str, is_package: bool, name: str) -> None:
+    """An import counts however and wherever it is written."""
+    assert imports_of(line, module, is_package=is_package) == {name}
+    assert not may_import(module, name)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported", "allowed"),
+    [
+        ("imrelay.web", "imrelay.session.Session", True),
+        ("imrelay.session", "imrelay.hub", True),
+        ("imrelay.cli", "imrelay.__version__", True),
+        ("imrelay.session", "imrelay.web", False),
+        ("imrelay.broker.channel", "imrelay.broker.connection", True),
+        ("imrelay.broker.channel", "imrelay.websocket.frames", False),
+        ("imrelay.websocket", "imrelay.broker", False),
+        ("imrelay.config", "imrelay.broker.topology", False),
+        ("imrelay.errors", "imrelay.config", False),
+        ("imrelay.attic", "imrelay.errors", False),
+    ],
+)
+def test_the_rule_of_the_floors(importer: str, imported: str, allowed: bool) -> None:
+    """The rule itself: down and along is allowed; up, across the wings and off the map is not."""
+    assert may_import(importer, imported) is allowed
+
+
+def test_a_clock_is_seen() -> None:
+    """The reader of clocks sees those that read the time, and no conversion."""
+    assert clocks_of("import time\nprint(time.monotonic(), time.gmtime)") == {"monotonic"}
+    assert clocks_of("from time import time") == {"time"}
