@@ -153,7 +153,13 @@ class BrokerConfig:
     prefetch: int = _setting(
         100, "messages under way to one browser that it has not yet taken", unit="messages", low=1, high=65_535
     )
-    heartbeat: int = _setting(20, "a broker silent for so long is given up", unit="seconds", low=1, high=3600)
+    heartbeat: int = _setting(
+        20,
+        "heartbeat agreed with the broker; when silent, it is given up after 5 s more than this, to twice as much",
+        unit="seconds",
+        low=1,
+        high=3600,
+    )
     publish_queue: int = _setting(
         1_000,
         "messages waiting for the broker's confirmation; then reading from browsers pauses",

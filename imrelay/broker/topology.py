@@ -79,6 +79,7 @@ class Topology:
         """
         exchange, inbox = self.user_exchange(user), self.inbox(user)
         return [
+            spec.Exchange.Declare(exchange=self.exchange, type="direct", durable=True, nowait=True),
             spec.Exchange.Declare(
                 exchange=exchange,
                 type="fanout",
