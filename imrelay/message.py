@@ -285,8 +285,14 @@ def error_frame(error: AnswerableError) -> bytes:
 
 
 def pong_frame(ping: ClientPing) -> bytes:
-    """Write the answer to a ping, as ASCII: what it holds may be half of a surrogate pair."""
-    return json.dumps({"pong": ping.value}, separators=(",", ":")).encode()
+    """Write the answer to a ping, as ASCII: what it holds may be half of a surrogate pair.
+
+    Raises `BadMessage` for a number that was too large to be read, which JSON cannot write.
+    """
+    try:
+        return json.dumps({"pong": ping.value}, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        raise BadMessage("ping holds a number that is out of range") from None
 
 
 def v1_frame(

@@ -73,8 +73,7 @@ class ConsumerPool:
         if self._rebinder is not None:
             self._rebinder.kill(block=False)
         self._announce()
-        for connection in self._connections:
-            connection.close()
+        gevent.joinall([gevent.spawn(connection.close) for connection in self._connections])
 
     @property
     def is_open(self) -> bool:
