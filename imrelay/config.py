@@ -25,6 +25,9 @@ PRIVATE = "private"
 #: The environment variable that names the file where no option does.
 CONFIG_VARIABLE = "IMRELAY_CONFIG"
 
+#: What Kubernetes puts into the environment for a Service that is named imrelay or imrelay-something.
+_SERVICE_LINK = re.compile(r"IMRELAY_(\w+_)?(SERVICE_(HOST|PORT)\w*|PORT(_\d+_(TCP|UDP|SCTP)\w*)?)$")
+
 _TRUE = {"yes", "true", "on", "1"}
 _FALSE = {"no", "false", "off", "0"}
 
@@ -442,7 +445,7 @@ def load(
         if name in by_env:
             row = by_env[name]
             values[row.section, row.key] = row.read(text, f"environment variable {name}")
-        elif name.startswith("IMRELAY_") and name != CONFIG_VARIABLE:
+        elif name.startswith("IMRELAY_") and name != CONFIG_VARIABLE and not _SERVICE_LINK.match(name):
             raise ConfigError(f"environment variable {name}", "there is no such setting")
     for at, text in (options or {}).items():
         values[at] = table[at].read(text, f"option {table[at].option}")

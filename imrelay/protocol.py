@@ -82,7 +82,7 @@ class Plain:
             return False
         if mid in self._memory:
             return delivery.may_repeat
-        self._memory.add(mid, _REMEMBERED_STANDING_BY if self._consumer.is_standing_by else _REMEMBERED)
+        self._memory.add(mid, _REMEMBERED_STANDING_BY if self._consumer.has_stood_by else _REMEMBERED)
         return False
 
     def _unpack(self, delivery: Delivery) -> Frame:
@@ -141,7 +141,8 @@ class V1(Plain):
         if self._is_repeat(delivery):
             sent = self._by_mid.get(delivery.mid or "")
             if sent is not None:
-                sent.delivery = delivery
+                stale, sent.delivery = sent.delivery, delivery
+                self._consumer.ack_each([stale])  # of this channel still, it takes one place of the prefetch
             else:
                 self._consumer.ack_each([delivery])
             return None

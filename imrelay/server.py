@@ -94,7 +94,7 @@ class Relay:
             logger.error("%d messages were not confirmed by the broker; their senders are told", lost)
         publisher = gevent.spawn(self._publisher.stop)
         gevent.sleep(0)  # it answers those senders at once, while they can be told
-        late = self._hub.drain(1012, "the relay is stopping", max(0.0, until - time.monotonic()))
+        late = self._hub.drain(1012, "the relay is stopping", max(min(1.0, timeout / 8), until - time.monotonic()))
         if late:
             logger.warning("%d sockets had not taken what was under way to them; it stays in their inboxes", late)
         self._consumers.stop()
@@ -188,17 +188,16 @@ class Server:
 
     def start(self) -> None:
         """Listen, then start what is below; raises `SetupError` and leaves nothing behind when that cannot be."""
+        broker = self._broker
+        relay = Relay(self._config, broker_urls(self._config) if broker is None else lambda: (broker.url,))
         listener = _listen(self._config.server.host, self._config.server.port)
         try:
-            if self._broker is not None:
-                self._broker.start()
+            if broker is not None:
+                broker.start()
         except BaseException:
             listener.close()
             raise
-        broker = self._broker
-        relay = self._relay = Relay(
-            self._config, broker_urls(self._config) if broker is None else lambda: (broker.url,)
-        )
+        self._relay = relay
         relay.start()
         self._wsgi = WSGIServer(
             listener,
@@ -231,9 +230,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(1024)
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:  # the latter for what is no host name
         raise SetupError(
-            f"cannot listen on {host} port {port}: {exc.strerror or exc}; choose another with "
+            f"cannot listen on {host} port {port}: {getattr(exc, 'strerror', None) or exc}; choose another with "
             "[server] host and port, or end who has it"
         ) from exc
     return listener  # type: ignore[no-any-return]

@@ -32,6 +32,8 @@ _SESSION = "imrelay.session"
 #: Longest time that a handshake waits for the broker, in seconds; after it the socket is opened all the same.
 _ATTACH_TIMEOUT = 5.0
 
+_CANNOT_UPGRADE = "this server cannot upgrade to WebSocket; see Hosting in imrelay's README for one that can"
+
 Environ = dict[str, Any]
 
 
@@ -47,6 +49,10 @@ class Desk:
         """Answer one request (WSGI, PEP 3333), or run the session of an upgraded one until it ends."""
         websocket: WebSocket | None = environ.get("wsgi.websocket")
         if websocket is None:
+            if (
+                environ.get("HTTP_UPGRADE", "").lower() == "websocket"
+            ):  # our handler would have upgraded or refused
+                return _error(501, "cannot_upgrade", _CANNOT_UPGRADE)(environ, start_response)
             return self._flask(environ, start_response)
         session: Session = environ.pop(_SESSION)
         environ.clear()  # the handler keeps it as long as the socket lives

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika import frame, spec
 
-from imrelay.broker.frames import Confirm, Delivery, PublishTemplate, encode_ack, take
+from imrelay.broker.frames import Confirm, Delivery, PublishTemplate, encode_ack, read_header, take
 
 BODY_MAX = 131_064
 short_strings = st.text(max_size=60).filter(lambda text: len(text.encode()) <= 255)
@@ -126,6 +128,30 @@ def test_a_delivery_is_read_as_pika_reads_it(
     assert (what.body, what.tag, what.redelivered) == (body, tag, redelivered)
     assert (what.mid, what.type, what.is_own) == (mid, kind, app_id == "imrelay")
     assert what.time_ms == (None if stamp is None else stamp * 1000)
+
+
+def test_headers_that_pika_cannot_read_are_stepped_over() -> None:
+    """A header with a date in the year 55,840, for which pika's codec raises, hides nothing behind it."""
+    stamp = datetime(2023, 11, 14, 22, 13, 20, tzinfo=timezone.utc)
+    properties = spec.BasicProperties(headers={"when": stamp}, message_id="m", type="text", app_id="cron")
+    seconds, milliseconds = (number.to_bytes(8, "big") for number in (1_700_000_000, 1_700_000_000_000))
+    octets = pika_delivery(b"hello", properties).replace(seconds, milliseconds)
+    assert milliseconds in octets
+    taken = take(octets, 0, BODY_MAX)
+    assert taken is not None
+    assert isinstance(taken[0], Delivery)
+    assert (taken[0].mid, taken[0].type, taken[0].body) == ("m", "text", b"hello")
+    header = read_header(octets, octets.index(b"\xce\x02") + 1)
+    assert (header.properties.message_id, header.properties.app_id, header.body_size) == ("m", "cron", 5)
+
+
+def test_a_message_id_that_is_not_utf8_becomes_text() -> None:
+    """Whatever octets another program has set, a message id is text."""
+    octets = pika_delivery(b"hello", spec.BasicProperties(message_id="mmm")).replace(b"mmm", b"m\xffm")
+    taken = take(octets, 0, BODY_MAX)
+    assert taken is not None
+    assert isinstance(taken[0], Delivery)
+    assert taken[0].mid == "m\ufffdm"
 
 
 @pytest.mark.parametrize("octets", [pika_delivery(b"hello", OURS), frame.Method(1, spec.Basic.Ack(9)).marshal()])

@@ -120,7 +120,8 @@ def test_a_relay_without_its_broker_says_so_and_goes_on(relay: RelayFactory, doo
     """It names the URL without the password, tries again and again, is alive but not ready, and takes sockets."""
     host = relay(broker_url=door.url, broker_publish_timeout=1, log_level="debug")
     reason = eventually(lambda: "refused" in (found := why_not_ready(host)) and found)
-    assert door.shown_url in reason
+    assert "refused" in reason
+    assert "amqp://" not in reason  # which anybody may read
     host.wait_for_log(r"waiting \(.*" + door.shown_url.replace("*", r"\*") + ".*refused")
     with Browser(host, "one who waits") as one, Browser(host, "another") as two:
         one.say(two.user, "too early", id="c1")
@@ -183,7 +184,7 @@ def test_a_broker_that_goes_and_comes_back(relay: RelayFactory, door: Door, brok
 
 @pytest.mark.parametrize("what", ["password", "vhost"])
 def test_a_broker_that_does_not_let_it_in(relay: RelayFactory, broker_url: str, what: str) -> None:
-    """A wrong password or virtual host is said, with the URL, and without any password; the relay keeps trying."""
+    """A wrong password or virtual host is said; the log has the URL too, without its password; it keeps trying."""
     url = urlsplit(broker_url)
     assert url.password is not None
     if what == "password":
@@ -193,10 +194,11 @@ def test_a_broker_that_does_not_let_it_in(relay: RelayFactory, broker_url: str, 
     host = relay(broker_url=url.geturl(), log_level="debug")
     assert url.password is not None
     shown = url.geturl().replace(f":{url.password}@", ":***@")
-    reason = eventually(lambda: shown in (found := why_not_ready(host)) and found)
+    said = "ACCESS_REFUSED" if what == "password" else "no-such-vhost"
+    reason = eventually(lambda: said in (found := why_not_ready(host)) and found)
+    eventually(lambda: shown in host.log)
     eventually(lambda: host.log.count("publish: waiting -> connecting") > 1)
     assert url.password not in host.log + reason
-    assert ("ACCESS_REFUSED" if what == "password" else "no-such-vhost") in reason
 
 
 def test_the_next_url_is_tried(relay: RelayFactory, door: Door, broker_url: str) -> None:

@@ -236,7 +236,7 @@ WRONG = {
     "a virtual host with a slash": _url("amqp://localhost/a/b", "%2F"),
     "a virtual host of 256 bytes": _url(f"amqp://localhost/{'v' * 256}", "255"),
     "an unknown variable": Wrong(names=("IMRELAY_SERVER_PROT",), environ={"IMRELAY_SERVER_PROT": "1"}),
-    "a variable without a section": Wrong(names=("IMRELAY_PORT",), environ={"IMRELAY_PORT": "1"}),
+    "a variable without a section": Wrong(names=("IMRELAY_PROT",), environ={"IMRELAY_PROT": "1"}),
     "a wrong variable": Wrong(
         names=("IMRELAY_SERVER_PORT", "'x'", "whole number"), environ={"IMRELAY_SERVER_PORT": "x"}
     ),
@@ -434,3 +434,9 @@ def test_commands_and_version(tmp_path: Path) -> None:
     for command in ("serve", "broker", "check-config"):
         assert command in help_.out
     assert re.fullmatch(r"imrelay \d+\.\d+\.\d+\S*\n", version.out)
+
+
+@pytest.mark.parametrize("name", ["IMRELAY_PORT", "IMRELAY_SERVICE_HOST", "IMRELAY_CHAT_PORT_8080_TCP_ADDR"])
+def test_what_kubernetes_puts_into_the_environment_is_no_setting(name: str) -> None:
+    """A Service that is called imrelay, or imrelay-something, keeps no relay from starting."""
+    assert load(None, {name: "tcp://10.0.0.1:8080"}) == load(None, {})

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from imrelay.session import Services
+from imrelay.web import Desk
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import RelayProcess, eventually, plain_environment
@@ -293,3 +295,18 @@ def test_nobody_may_come_while_the_relay_is_stopping(relay: RelayFactory, somebo
         assert host.process.poll() is None
         slow.sock.close()
         assert host.process.wait(PATIENCE) == 0
+
+
+def test_a_server_that_cannot_upgrade_says_so() -> None:
+    """Under a WSGI server without our handler an upgrade is answered with 501, and plain requests as ever."""
+    desk = Desk(cast(Services, None), ())
+    answers: list[str] = []
+
+    def call(**environ: str) -> bytes:
+        setup = {"REQUEST_METHOD": "GET", "PATH_INFO": "/ann", "SERVER_NAME": "x", "SERVER_PORT": "80"}
+        setup |= {"wsgi.url_scheme": "http", **environ}
+        return b"".join(desk(setup, lambda status, headers, exc_info=None: answers.append(status)))
+
+    assert json.loads(call(HTTP_UPGRADE="WebSocket"))["error"]["code"] == "cannot_upgrade"
+    assert call().startswith(b"<!doctype html>")
+    assert [answer[:3] for answer in answers] == ["501", "200"]

@@ -40,13 +40,17 @@ def connect(url: str) -> pika.BlockingConnection:
     return pika.BlockingConnection(pika.URLParameters(f"{url}?blocked_connection_timeout=10&socket_timeout=10"))
 
 
-def keep(url: str, queue: str, body: bytes) -> None:
-    """Put a persistent message into a durable queue and return when the broker has confirmed it."""
-    with contextlib.closing(connect(url)) as connection:
+def keep(node: Node, queue: str, body: bytes) -> None:
+    """Put a persistent message into a durable queue and return when both are on the disk.
+
+    A confirm says so of the message; the name of a new queue RabbitMQ writes a little later.
+    """
+    with contextlib.closing(connect(node.url)) as connection:
         channel = connection.channel()
         channel.confirm_delivery()
         channel.queue_declare(queue, durable=True)
         channel.basic_publish("", queue, body, PERSISTENT, mandatory=True)
+    node.control.evaluate("mnesia:sync_log()")
 
 
 def kept(url: str, queue: str) -> bytes | None:
@@ -144,8 +148,7 @@ def test_other_processes_find_the_running_node(own: Node, tmp_path: Path) -> Non
 
 def test_a_node_that_dies_is_started_again(own: Node) -> None:
     """Killed with -9 it is back under the same URL with what was confirmed; the log has a line for each."""
-    keep(own.url, "died", b"still here")
-    own.control.evaluate("mnesia:sync_log()")  # RabbitMQ confirms a queue before its name is on the disk
+    keep(own, "died", b"still here")
     os.kill(own.pid, signal.SIGKILL)
     eventually(lambda: own.log.count("ready at") == 2, 60)
     assert read_pid(own.data_dir, "node") != own.pid
@@ -199,7 +202,7 @@ def test_ctrl_c_stops_the_relay_first_and_the_node_cleanly(node: Node, tmp_path:
 def test_a_relay_killed_leaves_nothing_that_the_next_one_cannot_use(node: Node, tmp_path: Path) -> None:
     """After kill -9 the node goes too; one that does not is ended by the next relay, which has URL and data."""
     first = Node(tmp_path / "data")
-    keep(first.url, "killed", b"confirmed")
+    keep(first, "killed", b"confirmed")
     epmd = read_pid(first.data_dir, "epmd")
     os.kill(first.pid, signal.SIGSTOP)  # so that it cannot follow the SIGTERM which it gets from Linux
     try:
@@ -286,7 +289,7 @@ class Neighbour:
 def test_a_rabbitmq_of_somebody_else_is_left_alone(node: Node, tmp_path: Path) -> None:
     """One that took all our ports keeps them, its connections and data; ours moves to others with its own data."""
     first = Node(tmp_path / "data")
-    keep(first.url, "moved", b"with us")
+    keep(first, "moved", b"with us")
     first.stop()
     before = json.loads((first.data_dir / "node.json").read_text())
     ports = {key: before[key] for key in ("amqp_port", "dist_port", "epmd_port")}

@@ -127,9 +127,7 @@ class Channel:
         self._pika.on_confirm = on_confirm
         for method, accepted in ((spec.Basic.Ack, True), (spec.Basic.Nack, False)):
             self._pika.add_callback(partial(_tell_confirm, self._pika, accepted), [method], False)
-        self._pika.add_on_return_callback(
-            lambda channel, method, properties, body: on_return(properties.message_id)
-        )
+        self._pika.add_on_return_callback(partial(_tell_return, on_return))
         self.call(spec.Confirm.Select())
 
     def prepare(self, exchange: str, *, persistent: bool) -> None:
@@ -189,6 +187,17 @@ def _in_order(expected: Sequence[type[Method]], replies: list[Method]) -> list[M
     """Sort answers by what was asked: RabbitMQ's queues send `basic.consume-ok` when they get round to it."""
     left = list(replies)
     return [left.pop(next(i for i, reply in enumerate(left) if type(reply) is kind)) for kind in expected]
+
+
+def _tell_return(
+    on_return: Callable[[str | None], None],
+    channel: WireChannel,
+    method: spec.Basic.Return,
+    properties: spec.BasicProperties,
+    body: bytes,
+) -> None:
+    if channel.on_confirm is not None:  # not after `close`
+        on_return(properties.message_id)
 
 
 def _tell_confirm(channel: WireChannel, accepted: bool, frame: Any) -> None:

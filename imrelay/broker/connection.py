@@ -69,8 +69,9 @@ class Connection:
         self.name = name
         #: Channels that are open or on their way to be, whoever owns them.
         self.channels = 0
-        #: Why it is not open, as one sentence without a password.
-        self.problem = "not connected yet"
+        #: Why it is not open, for everybody; and for the operator, with the URL but without its password.
+        self.reason = self.problem = "not connected yet"
+        self._shown = ""
         self.state = State.WAITING
         self._urls = urls
         self._heartbeat = heartbeat
@@ -81,7 +82,7 @@ class Connection:
         self._ended = Event()
         self._pause = Event()
         self._number = 0
-        self._told = ""
+        self._told: set[str] = set()
         self._tries = 0
         self._keeper: gevent.Greenlet | None = None
 
@@ -154,12 +155,13 @@ class Connection:
         raise ChannelLost(f"all {limit} channels of the connection are in use")
 
     def _set_state(self, state: State, problem: str = "") -> None:
-        if self.is_closed or (state is self.state and problem == self.problem):
+        if self.is_closed or (state is self.state and problem == self.reason):
             return
         self._tell(state, problem)
         self.state = state
         if state is not State.CONNECTING:  # which does not yet know better
-            self.problem = problem
+            self.reason = problem
+            self.problem = f"{self._shown}: {problem}" if self._shown and problem else problem
         if state in (State.OPEN, State.BLOCKED):
             self._open.set()
         else:
@@ -169,28 +171,25 @@ class Connection:
 
     def _tell(self, state: State, problem: str) -> None:
         """Log a change of state; that it still cannot be reached for the same reason is said once."""
+        told = f"{self._shown}: {problem}" if self._shown else problem
         level = logging.WARNING if problem and state is not State.CLOSED else logging.INFO
-        if state is State.CONNECTING or (problem and problem == self._told):
+        if state is State.CONNECTING or told in self._told:
             level = logging.DEBUG
-        if state is not State.CONNECTING:
-            self._told = problem
+        if state is State.OPEN:
+            self._told.clear()
+        elif problem:
+            self._told.add(told)
+        about = f" ({told})" if problem and state is not State.CLOSED else ""
         lasting = "; trying again until it is back" if level == logging.WARNING and state is State.WAITING else ""
-        logger.log(
-            level,
-            "broker connection %s: %s -> %s%s%s",
-            self.name,
-            self.state.value,
-            state.value,
-            f" ({problem})" if problem else "",
-            lasting,
-        )
+        old, new = self.state.value, state.value
+        logger.log(level, "broker connection %s: %s -> %s%s%s", self.name, old, new, about, lasting)
 
     def _run_keeper(self) -> None:
         while not self.is_closed:
             try:
                 urls, problem = self._urls(), ""
             except SetupError as exc:
-                urls, problem = (), str(exc)
+                urls, problem, self._shown = (), str(exc), ""
             for url in urls:
                 self._set_state(State.CONNECTING)
                 problem = self._connect(url)
@@ -223,7 +222,7 @@ class Connection:
             ended.append(reason)
             self._ended.set()
 
-        shown = hide_password(url)
+        self._shown = hide_password(url)
         try:
             self._wire = Wire(
                 self._parameters(url),
@@ -232,10 +231,10 @@ class Connection:
                 on_close_callback=on_end,
             )
         except Exception as exc:  # pika's parsing of the URL raises what it likes
-            return f"{shown}: {exc}"
+            return str(exc)
         self._ended.wait()
         self._wire = None
-        reason = f"{shown}: {describe(ended[0])}"
+        reason = describe(ended[0])
         if not opened:
             return reason
         self._set_state(State.WAITING, reason)

@@ -89,9 +89,9 @@ class Consumer:
         self._ordered_from: float = 0
 
     @property
-    def is_standing_by(self) -> bool:
-        """Whether it gets its messages from a live queue, so that the inbox may repeat them one day."""
-        return self._live is not None
+    def has_stood_by(self) -> bool:
+        """Whether it got messages from a live queue, which the inbox may repeat one day."""
+        return self._was_live
 
     @property
     def is_closed(self) -> bool:
@@ -176,6 +176,8 @@ class Consumer:
             self._channel = channel
             try:
                 self._consume(channel, topology, prefetch, keep)
+                if self._channel is not channel or channel.lost is not None:  # with the last answer
+                    raise channel.lost or ChannelLost("the channel is being closed")
                 break
             except ChannelLost as exc:
                 self._channel = None
@@ -236,6 +238,7 @@ class Consumer:
     def _run_promotion(self, channel: Channel, live: str) -> None:
         """Change over from the live queue to the inbox, without a gap and without a message out of order.
 
+        But what waited in the inbox from before this socket came, and nobody took, it gets after newer messages.
         The inbox begins with what the former active consumer had not taken, which may be later than what the
         live queue still holds: so that is emptied first, and the inbox's deliveries are held meanwhile.
         """

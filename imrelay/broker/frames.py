@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import struct
 
-from pika import spec
-from pika.exceptions import AMQPError
+from pika import frame, spec
 
-__all__ = ["Confirm", "Delivery", "PublishTemplate", "encode_ack", "take"]
+__all__ = ["Confirm", "Delivery", "PublishTemplate", "encode_ack", "read_header", "read_properties", "take"]
 
 _END = 0xCE
 _METHOD, _HEADER, _BODY = 1, 2, 3
@@ -167,14 +166,58 @@ def _ours(consumer_tag: str, tag: int, redelivered: bool, body: bytes, propertie
 
 def _theirs(
     consumer_tag: str, tag: int, redelivered: bool, body: bytes, flags: int, properties: bytes
-) -> Delivery | None:
-    """Read the properties of another program with pika's codec."""
-    try:
-        decoded = spec.BasicProperties().decode(flags.to_bytes(2, "big") + properties)
-    except (AMQPError, UnicodeDecodeError, struct.error, IndexError):
-        return None
+) -> Delivery:
+    """Read the properties of another program."""
     method = spec.Basic.Deliver(consumer_tag, tag, redelivered)
-    return Delivery.from_pika(method, decoded, body)
+    return Delivery.from_pika(method, read_properties(flags, properties), body)
+
+
+#: The properties in their order on the wire, from flag 15 down: octets; 0: a short string; None: a table.
+_IN_ORDER = (
+    ("content_type", 0),
+    ("content_encoding", 0),
+    ("headers", None),
+    ("delivery_mode", 1),
+    ("priority", 1),
+    ("correlation_id", 0),
+    ("reply_to", 0),
+    ("expiration", 0),
+    ("message_id", 0),
+    ("timestamp", 8),
+    ("type", 0),
+    ("user_id", 0),
+    ("app_id", 0),
+)
+
+
+def read_properties(flags: int, octets: bytes) -> spec.BasicProperties:
+    """Read the properties that any program may have set, but step over its headers; raises nothing.
+
+    pika's codec raises for what others write, such as a header with a timestamp in milliseconds, and what is
+    raised ends the connection of all. A string that is not UTF-8 is read with replacement characters.
+    """
+    found = spec.BasicProperties()
+    at, flag = 0, 1 << 15
+    for name, size in _IN_ORDER:
+        if flags & flag:
+            if size is None:
+                at += 4 + int.from_bytes(octets[at : at + 4], "big")
+            elif size:
+                setattr(found, name, int.from_bytes(octets[at : at + size], "big"))
+                at += size
+            else:
+                end = at + 1 + (octets[at] if at < len(octets) else 0)
+                setattr(found, name, octets[at + 1 : end].decode(errors="replace"))
+                at = end
+        flag >>= 1
+    return found
+
+
+def read_header(buffer: bytes, start: int) -> frame.Header:
+    """Read the content header frame at `start` as pika does, but with `read_properties`."""
+    _, channel, size, _, _, body_size, flags = _HEADER_START.unpack_from(buffer, start)
+    octets = buffer[start + _HEADER_START.size : start + _BEFORE + size]
+    return frame.Header(channel, body_size, read_properties(flags, octets))
 
 
 def encode_ack(channel: int, tag: int, multiple: bool) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections import deque
@@ -88,7 +89,7 @@ class ConsumerPool:
     @property
     def problem(self) -> str:
         """Why consumers cannot be attached."""
-        return self._connections[0].problem if self._connections else "not started"
+        return self._connections[0].reason if self._connections else "not started"
 
     def consume(self, user: str, mailbox: Mailbox) -> Consumer:
         """Begin to deliver a user's messages into a mailbox; returns at once."""
@@ -100,6 +101,9 @@ class ConsumerPool:
     def forget(self, consumer: Consumer) -> None:
         """Know nothing more of a consumer that was closed."""
         self._consumers.discard(consumer)
+        if not consumer.is_attached:
+            with contextlib.suppress(ValueError):
+                self._queue.remove(consumer)
 
     def rebind(self) -> None:
         """Bind all users again: the exchange had been deleted, and is there again without its bindings."""
@@ -111,6 +115,8 @@ class ConsumerPool:
 
         May be called from the hub.
         """
+        if consumer.is_closed:
+            return
         if lost is not None:
             pause = random.uniform(0, min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(consumer.failures, 10)))
             consumer.failures += 1
@@ -150,6 +156,9 @@ class ConsumerPool:
             self._attachers -= 1
 
     def _attach(self, consumer: Consumer) -> None:
+        connection = self._wait_for_connection()
+        if connection is None or consumer.is_closed:
+            return
         if consumer.user in self._busy:
             self._queue.append(consumer)
             gevent.sleep(_MOMENT)
@@ -157,9 +166,7 @@ class ConsumerPool:
         self._busy.add(consumer.user)
         lost: ChannelLost | None = None
         try:
-            connection = self._wait_for_connection()
-            if connection is not None and not consumer.is_closed:
-                consumer.attach(connection, self._topology, self._prefetch)
+            consumer.attach(connection, self._topology, self._prefetch)
         except ChannelLost as exc:
             lost = exc
         except Exception:

@@ -52,6 +52,8 @@ _LOST_PAUSE = 0.02
 _REFUSED_PAUSE = 0.5
 #: How often a refused message that went alone is offered again, with `_REFUSED_PAUSE` before each.
 _OFFERS = 6
+#: Inboxes that are being opened at the same time, each over a channel of its own.
+_OPENINGS = 16
 #: `channel.close` code of AMQP 0-9-1.
 _NOT_FOUND = 404
 
@@ -101,6 +103,7 @@ class Publisher:
         self._queue: deque[Publication] = deque()
         self._unconfirmed: dict[int, Publication] = {}
         self._detours: dict[str, _Detour] = {}
+        self._openings = Semaphore(_OPENINGS)
         self._reached: set[str] = set()
         self._reached_before: set[str] = set()
         self._channel: Channel | None = None
@@ -141,7 +144,7 @@ class Publisher:
     @property
     def problem(self) -> str:
         """Why it is not ready, in one sentence."""
-        return self._connection.problem or "the channel is being opened"
+        return self._connection.reason or "the channel is being opened"
 
     def publish(self, publication: Publication) -> None:
         """Queue a message; blocks while there is no room. Its `on_done` will be called once.
@@ -342,8 +345,11 @@ class Publisher:
         Where unknown recipients are refused, an inbox that is there has only lost its bindings and gets them back.
         """
         try:
-            if self._create_unknown or inbox_exists(self._connection, self._topology, user):
-                open_inbox(self._connection, self._topology, user)
+            with self._openings:
+                is_open = self._create_unknown or inbox_exists(self._connection, self._topology, user)
+                if is_open:
+                    open_inbox(self._connection, self._topology, user)
+            if is_open:
                 self._remember(user)
             else:
                 for publication in detour.returned:
@@ -398,3 +404,7 @@ class Publisher:
                     publication,
                     BrokerUnavailable(f"the broker did not confirm this message within {self._timeout:g} seconds"),
                 )
+            if late:  # while the broker is away, what has been answered must not pile up
+                self._queue = deque(publication for publication in self._queue if not publication.done)
+                for detour in self._detours.values():
+                    detour.waiting = deque(publication for publication in detour.waiting if not publication.done)

@@ -17,7 +17,7 @@ from pika.adapters.gevent_connection import GeventConnection, _GeventSelectorIOL
 from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport
 from pika.frame import decode_frame
 
-from imrelay.broker.frames import Confirm, Delivery, take
+from imrelay.broker.frames import Confirm, Delivery, read_header, take
 
 __all__ = ["Wire", "WireChannel"]
 
@@ -28,7 +28,8 @@ _READ_SIZE = 65_536
 _LATER = 0.005
 #: What a frame has before its payload, and around it (AMQP 0-9-1, 2.3.5).
 _BEFORE, _AROUND = 7, 8
-#: The first octet of a protocol header, which is no frame.
+#: The first octet of a content header frame; and of a protocol header, which is no frame.
+_HEADER = 2
 _PROTOCOL_HEADER = ord("A")
 
 
@@ -132,7 +133,7 @@ class Wire(GeventConnection):  # type: ignore[misc]
                 after = _frame_end(buffer, at)
                 if after > end:
                     break
-                _, frame = decode_frame(buffer[at:after])
+                frame = read_header(buffer, at) if buffer[at] == _HEADER else decode_frame(buffer[at:after])[1]
                 at = after
                 self._process_frame(frame)
         finally:

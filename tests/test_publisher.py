@@ -1,0 +1,93 @@
+"""The publisher's bounds while there is no broker, without one."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import gevent
+import pytest
+from gevent.event import Event
+
+from imrelay.broker.connection import Connection, State
+from imrelay.broker.publication import OnDone, Publication
+from imrelay.broker.publisher import Publisher
+from imrelay.broker.topology import Topology
+from imrelay.config import InboxConfig
+from imrelay.errors import AnswerableError, BrokerUnavailable
+
+
+class NoConnection:
+    """A connection that never opens."""
+
+    state = State.WAITING
+    is_open = False
+    reason = "refused"
+
+    def start(self) -> None:
+        """Begin, in vain."""
+
+    def close(self) -> None:
+        """End."""
+
+    def wait_open(self, timeout: float) -> bool:
+        """Wait, in vain."""
+        gevent.sleep(timeout)
+        return False
+
+
+def message(mid: str, on_done: OnDone) -> Publication:
+    """Return a message to somebody."""
+    return Publication("ben", b"{}", binary=False, mid=mid, time_ms=0, message_id=None, on_done=on_done)
+
+
+@pytest.fixture
+def publisher() -> Any:
+    """A publisher of room for five messages, which gives each half a second."""
+    topology = Topology("direct_message", InboxConfig())
+    made = Publisher(
+        lambda name, on_state: cast(Connection, NoConnection()),
+        topology,
+        queue_size=5,
+        timeout=0.5,
+        persistent=True,
+        create_unknown=True,
+    )
+    made.start()
+    yield made
+    made.stop()
+
+
+def test_what_was_answered_does_not_pile_up(publisher: Publisher) -> None:
+    """While the broker is away each message is answered in time, once, and then nothing of it is kept."""
+    for batch in range(3):
+        answers: list[AnswerableError | None] = []
+        over = Event()
+
+        def answered(
+            publication: Publication,
+            error: AnswerableError | None,
+            answers: list[AnswerableError | None] = answers,
+            over: Event = over,
+        ) -> None:
+            answers.append(error)
+            if len(answers) == 5:
+                over.set()
+
+        for number in range(5):
+            publisher.publish(message(f"m{batch}{number}", answered))
+        assert over.wait(30)
+        assert all(isinstance(error, BrokerUnavailable) for error in answers)
+    gevent.sleep(0)
+    assert not publisher._pending
+    assert not publisher._queue
+
+
+def test_no_room_in_time_is_an_error(publisher: Publisher) -> None:
+    """A message for which there is no room within the time limit is refused and not kept."""
+    with gevent.Timeout(30):
+        for number in range(5):
+            publisher.publish(message(f"m{number}", lambda publication, error: None))
+        publisher._timeout = 0.0
+        with pytest.raises(BrokerUnavailable, match="too many messages"):
+            publisher.publish(message("x", lambda publication, error: None))
+    assert "x" not in publisher._pending
