@@ -77,6 +77,11 @@ def acked(traffic: Traffic, sender: str) -> int:
     return sum(sent.acked is not None for sent in traffic.sent.values() if sent.sender == sender)
 
 
+def came_back(traffic: Traffic) -> int:
+    """Count the connections that browsers have opened anew."""
+    return sum(max(0, client.generation - 1) for client in traffic.clients.values())
+
+
 @PROTOCOLS
 def test_a_relay_that_is_killed_loses_nothing(relay: RelayFactory, v1: bool) -> None:
     """kill -9 of one of two relays: every acknowledged message arrives, in order, for browsers that come back.
@@ -94,6 +99,7 @@ def test_a_relay_that_is_killed_loses_nothing(relay: RelayFactory, v1: bool) -> 
         traffic.flow()
         there.append(other)
         killed.kill()
+        traffic.wait(lambda: came_back(traffic) == 3, "all three to come back")
         traffic.flow()
     summary = traffic.verdict(repeats=True)
     assert summary.reconnects == 3
@@ -192,6 +198,7 @@ def test_a_relay_that_stops_under_load_loses_nothing(relay: RelayFactory, v1: bo
         traffic.flow(50)
         there.append(other)
         assert stopped.stop(signal.SIGTERM) == 0
+        traffic.wait(lambda: came_back(traffic) == 3, "all three to come back")
         traffic.flow(50)
     summary = traffic.verdict(errors=["broker_unavailable"], repeats=v1)
     assert [client.ends for client in moving] == [[1012]] * 3
@@ -217,6 +224,8 @@ def test_a_rolling_restart_loses_nothing(relay: RelayFactory, v1: bool) -> None:
             traffic.wait(
                 lambda before=before: len(traffic.sent) > before + len(users), "traffic during the restart"
             )
+        ended = sum(len(client.ends) for client in traffic.clients.values())
+        traffic.wait(lambda: came_back(traffic) == ended, "all to come back")
         traffic.flow(1)
     summary = traffic.verdict(errors=["broker_unavailable"], repeats=v1)
     ends = [code for client in traffic.clients.values() for code in client.ends]

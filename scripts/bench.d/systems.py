@@ -258,13 +258,13 @@ class _Installer:
     def python(self, program: list[str]) -> list[str]:
         """Return the command of one of the Python servers."""
         there = self._cache / "venv"
-        packages = _PEERS / "requirements.txt"
+        packages = _ROOT / "setup.cfg"
 
         def install() -> None:
             shutil.rmtree(there, ignore_errors=True)
             _run([sys.executable, "-m", "venv", str(there)], self._cache)
             pip = [str(there / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-            _run([*pip, "-r", str(packages)], self._cache)
+            _run([*pip, "--editable", f"{_ROOT}[bench]"], self._cache)
 
         self._once(there, packages, install)
         return [str(there / "bin" / "python"), *program]
