@@ -21,8 +21,8 @@ from imrelay import __version__, log
 from imrelay.broker.private import PrivateBroker
 from imrelay.config import CONFIG_VARIABLE, Config, Setting, find_file, load, settings
 from imrelay.errors import ConfigError, ImrelayError, SetupError
-from imrelay.message import check_id
 from imrelay.server import Server, inbox_keeper
+from imrelay.submission import check_id
 
 __all__ = ["main"]
 

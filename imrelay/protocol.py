@@ -15,7 +15,9 @@ from imrelay import __version__
 from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Delivery
 from imrelay.errors import BadMessage
-from imrelay.message import ClientAck, ClientPing, from_node, is_json, is_utf8, mid_time_ms, pong_frame, v1_frame
+from imrelay.message import from_node, is_json, pong_frame, v1_frame
+from imrelay.mid import mid_time_ms
+from imrelay.submission import ClientAck, ClientPing, is_utf8
 
 __all__ = ["SUBPROTOCOLS", "V1", "Frame", "Plain", "choose"]
 
@@ -37,17 +39,21 @@ class _Memory:
     __slots__ = ("_older", "_recent")
 
     def __init__(self) -> None:
-        self._recent: set[str] = set()
-        self._older: set[str] = set()
+        self._recent: set[str] | None = None  # nothing, for the many who only listen
+        self._older: set[str] | None = None
 
-    def __contains__(self, mid: str) -> bool:
-        return mid in self._recent or mid in self._older
-
-    def add(self, mid: str, limit: int) -> None:
-        """Remember an id, together with at least the `limit` before it."""
-        self._recent.add(mid)
-        if len(self._recent) >= limit:
-            self._older, self._recent = self._recent, set()
+    def knows(self, mid: str, consumer: Consumer) -> bool:
+        """Tell whether an id is among the last, and remember it."""
+        recent = self._recent
+        if recent is None:
+            self._recent = {mid}
+            return False
+        if mid in recent or (self._older is not None and mid in self._older):
+            return True
+        recent.add(mid)
+        if len(recent) >= _REMEMBERED and (not consumer.has_stood_by or len(recent) >= _REMEMBERED_STANDING_BY):
+            self._older, self._recent = recent, set()
+        return False
 
 
 class Plain:
@@ -78,12 +84,7 @@ class Plain:
 
     def _is_repeat(self, delivery: Delivery) -> bool:
         mid = delivery.mid
-        if mid is None:
-            return False
-        if mid in self._memory:
-            return delivery.may_repeat
-        self._memory.add(mid, _REMEMBERED_STANDING_BY if self._consumer.has_stood_by else _REMEMBERED)
-        return False
+        return mid is not None and self._memory.knows(mid, self._consumer) and delivery.may_repeat
 
     def _unpack(self, delivery: Delivery) -> Frame:
         """Return the message in an AMQP body (PROTOCOL section 6)."""
@@ -92,7 +93,7 @@ class Plain:
             unwrapped = from_node(body)
             if unwrapped is not None:
                 return unwrapped
-        return body, delivery.type == "binary" or not is_utf8(body)
+        return body, delivery.binary or not is_utf8(body)
 
 
 class _Sent:

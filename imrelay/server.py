@@ -21,7 +21,7 @@ from imrelay.broker.topology import Topology
 from imrelay.config import Config
 from imrelay.errors import ConfigError, SetupError
 from imrelay.hub import Hub
-from imrelay.message import MessageIds
+from imrelay.mid import MessageIds
 from imrelay.protocol import SUBPROTOCOLS
 from imrelay.session import Services
 from imrelay.web import Desk

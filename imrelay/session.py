@@ -12,32 +12,24 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import gevent
-from gevent.lock import Semaphore
 
 from imrelay.broker.consumer import Consumer
-from imrelay.broker.mailbox import Delivery, Mailbox
+from imrelay.broker.mailbox import Bell, Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.publication import Publication
 from imrelay.broker.publisher import Publisher
 from imrelay.config import WebSocketConfig
 from imrelay.errors import AnswerableError, BrokerUnavailable
 from imrelay.hub import Hub
-from imrelay.message import (
-    ClientAck,
-    ClientPing,
-    MessageIds,
-    Submission,
-    ack_frame,
-    error_frame,
-    parse,
-    to_node,
-)
+from imrelay.message import ack_frame, error_frame, to_node
+from imrelay.mid import MessageIds
 from imrelay.protocol import V1, Frame, choose
+from imrelay.submission import ClientAck, ClientPing, Submission, parse
 from imrelay.websocket import ConnectionClosed, WebSocket
 
 __all__ = ["Services", "Session", "State"]
@@ -87,6 +79,7 @@ class Session:
         "_log",
         "_mailbox",
         "_owed",
+        "_paid",
         "_protocol",
         "_received",
         "_sent",
@@ -104,7 +97,9 @@ class Session:
         self._services = services
         self._websocket: WebSocket | None = None
         self._log = _Log(logging.getLogger(__name__), {"user": user})
-        self._owed = Semaphore(_MAX_OWED)
+        #: Answers that the browser has not got yet, and who waits for them to be fewer.
+        self._owed = 0
+        self._paid = Bell()
         self._received = self._sent = 0
         #: Close code and reason for when the writer has nothing left to do.
         self._farewell = (1000, "")
@@ -168,7 +163,7 @@ class Session:
             self._services.hub.leave(self)
         self._consumer.close()
         self._mailbox.close()
-        self._owed.release()  # a reader that waits for its writer need not any more
+        self._paid.ring()  # a reader that waits for its writer need not any more
 
     def finish(self, code: int, reason: str) -> None:
         """End the session when what is under way to it has been written; returns at once."""
@@ -189,15 +184,23 @@ class Session:
         self.state = state
 
     def _read(self, websocket: WebSocket) -> None:
-        while (message := websocket.receive_message()) is not None:
-            self._owed.acquire()
-            if self.state is not State.OPEN:
-                return
-            self._received += 1
-            try:
-                self._handle(parse(*message, self.user))
-            except AnswerableError as error:
-                self._mailbox.put(error_frame(error))
+        while messages := websocket.receive_messages():
+            for payload, binary in messages:
+                while self._owed >= _MAX_OWED and self.state is State.OPEN:
+                    self._paid.wait()
+                if self.state is not State.OPEN:
+                    return
+                self._owed += 1
+                self._received += 1
+                try:
+                    self._handle(parse(payload, binary, self.user))
+                except AnswerableError as error:
+                    self._mailbox.put(error_frame(error))
+
+    def _pay(self, count: int) -> None:
+        """Note that the browser has got answers, or needs none; called from anywhere."""
+        self._owed -= count
+        self._paid.ring()
 
     def _handle(self, frame: Submission | ClientAck | ClientPing) -> None:
         if isinstance(frame, Submission):
@@ -207,7 +210,7 @@ class Session:
         if answer is not None:
             self._mailbox.put(answer)
         else:
-            self._owed.release()
+            self._pay(1)
 
     def _submit(self, submission: Submission) -> None:
         """Hand a message to the publisher; blocks while that is full. Raises `AnswerableError`."""
@@ -218,11 +221,11 @@ class Session:
         publication = Publication(
             submission.to,
             body,
-            binary=submission.binary,
-            mid=mid,
-            time_ms=time_ms,
-            message_id=submission.message_id,
-            on_done=self._answer,
+            submission.binary,
+            mid,
+            time_ms,
+            submission.message_id,
+            self._answer,
         )
         try:
             self._services.publisher.publish(publication)
@@ -238,14 +241,13 @@ class Session:
         elif publication.message_id is not None:
             self._mailbox.put(ack_frame(publication.message_id, publication.mid, publication.time_ms))
         else:
-            self._owed.release()
+            self._pay(1)
 
     def _run_writer(self, websocket: WebSocket) -> None:
         try:
             self._greet(websocket)
             while items := self._mailbox.take():
-                for chunk in _chunks(items):
-                    self._write(websocket, chunk)
+                self._write(websocket, items)
             self.close(*self._farewell)
         except ConnectionClosed:
             self.close()
@@ -263,35 +265,37 @@ class Session:
             websocket.send_messages([(welcome, False)])
 
     def _write(self, websocket: WebSocket, items: list[Delivery | bytes]) -> None:
-        """Write answers and deliveries in one go, and acknowledge what the browser's connection has taken."""
+        """Write answers and deliveries, about `_CHUNK` bytes or one item at a time."""
+        encode = self._protocol.encode
         frames: list[Frame] = []
         taken: list[Delivery] = []
+        size = answers = 0
         for item in items:
             if isinstance(item, bytes):
-                frames.append((item, False))
-                continue
-            taken.append(item)
-            frame = self._protocol.encode(item)
+                frame: Frame | None = (item, False)
+                length = len(item)
+            else:
+                frame = encode(item)
+                length = len(item.body)
+            if size and size + length > _CHUNK:
+                self._send(websocket, frames, taken, answers)
+                frames, taken = [], []
+                size = answers = 0
+            size += length
             if frame is not None:
                 frames.append(frame)
+            if isinstance(item, bytes):
+                answers += 1
+            else:
+                taken.append(item)
+        self._send(websocket, frames, taken, answers)
+
+    def _send(self, websocket: WebSocket, frames: list[Frame], taken: list[Delivery], answers: int) -> None:
+        """Write in one go, and acknowledge to the broker what the browser's connection has taken."""
         if frames:
             websocket.send_messages(frames)
             self._sent += len(frames)
         if taken:
             self._protocol.written(taken)
-        for _ in range(len(items) - len(taken)):
-            self._owed.release()
-
-
-def _chunks(items: list[Delivery | bytes]) -> Iterator[list[Delivery | bytes]]:
-    """Cut a batch so that each part has at most about `_CHUNK` bytes, or one item."""
-    chunk: list[Delivery | bytes] = []
-    size = 0
-    for item in items:
-        length = len(item if isinstance(item, bytes) else item.body)
-        if chunk and size + length > _CHUNK:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(item)
-        size += length
-    yield chunk
+        if answers:
+            self._pay(answers)

@@ -19,8 +19,8 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from imrelay.errors import BadId
-from imrelay.message import check_id
 from imrelay.session import Services, Session
+from imrelay.submission import check_id
 from imrelay.websocket import Refusal, WebSocket, origin_allowed
 
 __all__ = ["Desk", "page_policy"]

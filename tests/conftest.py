@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from imrelay.errors import SetupError
@@ -15,6 +16,12 @@ from tests.harness import Node, RelayProcess, VirtualHost, plain_environment
 
 #: What a relay of the tests is told where the test says nothing else.
 _DEFAULTS = {"server_host": "127.0.0.1", "server_port": "0", "server_drain_timeout": "5"}
+
+# How long it takes to think up examples says something of the machine, and nothing of what is tested.
+hypothesis.settings.register_profile(
+    "imrelay", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("imrelay")
 
 RelayFactory = Callable[..., RelayProcess]
 

@@ -31,7 +31,7 @@ def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 if __name__ == "__main__":
     wire.decode_frame = counted("decoded by pika", wire.decode_frame)
-    wire.Wire._flush = counted("amqp writes", wire.Wire._flush)
+    wire.Wire.flush = counted("amqp writes", wire.Wire.flush)
     wire.Wire._on_data_available = counted("amqp reads", wire.Wire._on_data_available)
     websocket_wire.Wire._write = counted("websocket writes", websocket_wire.Wire._write)
     websocket_wire.Wire._on_readable = counted("websocket reads", websocket_wire.Wire._on_readable)

@@ -56,7 +56,7 @@ def test_a_publish_is_written_as_pika_writes_it(
 ) -> None:
     """A publish has the very bytes that pika would send, over as many body frames."""
     template = PublishTemplate(channel, "direct_message", persistent=persistent, body_max=100)
-    written = template.encode(key, mid, binary, body)
+    written = template.encode_method(key) + template.encode_content(mid, binary, body)
     assert written == pika_publish(channel, key, mid, binary, body, persistent, 100)
 
 
@@ -65,7 +65,7 @@ def test_what_amqp_has_no_room_for_is_refused(key: str, mid: str) -> None:
     """A routing key or a message id of over 255 bytes raises ValueError instead of breaking the connection."""
     template = PublishTemplate(1, "direct_message", persistent=True, body_max=BODY_MAX)
     with pytest.raises(ValueError, match="255"):
-        template.encode(key, mid, False, b"{}")
+        template.encode_method(key) + template.encode_content(mid, False, b"{}")
 
 
 @given(channels, tags, st.booleans())
@@ -126,7 +126,7 @@ def test_a_delivery_is_read_as_pika_reads_it(
     assert isinstance(what, Delivery)
     assert (number, end, what.consumer_tag) == (channel, len(octets), "inbox")
     assert (what.body, what.tag, what.redelivered) == (body, tag, redelivered)
-    assert (what.mid, what.type, what.is_own) == (mid, kind, app_id == "imrelay")
+    assert (what.mid, what.binary, what.is_own) == (mid, kind == "binary", app_id == "imrelay")
     assert what.time_ms == (None if stamp is None else stamp * 1000)
 
 
@@ -140,7 +140,7 @@ def test_headers_that_pika_cannot_read_are_stepped_over() -> None:
     taken = take(octets, 0, BODY_MAX)
     assert taken is not None
     assert isinstance(taken[0], Delivery)
-    assert (taken[0].mid, taken[0].type, taken[0].body) == ("m", "text", b"hello")
+    assert (taken[0].mid, taken[0].binary, taken[0].body) == ("m", False, b"hello")
     header = read_header(octets, octets.index(b"\xce\x02") + 1)
     assert (header.properties.message_id, header.properties.app_id, header.body_size) == ("m", "cron", 5)
 

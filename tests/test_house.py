@@ -13,7 +13,15 @@ import imrelay
 #: The floors from the ground up; of two rooms of one floor, either may import the other.
 FLOORS = (
     {"imrelay", "imrelay.errors"},
-    {"imrelay.config", "imrelay.message", "imrelay.log", "imrelay.tokens", "imrelay.limits"},
+    {
+        "imrelay.config",
+        "imrelay.message",
+        "imrelay.submission",
+        "imrelay.mid",
+        "imrelay.log",
+        "imrelay.tokens",
+        "imrelay.limits",
+    },
     {"imrelay.broker", "imrelay.websocket"},
     {"imrelay.session", "imrelay.hub", "imrelay.protocol"},
     {"imrelay.web"},

@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -14,17 +15,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from imrelay.errors import AnswerableError, BadId, BadJson, BadMessage, BrokerUnavailable, FromMismatch, InboxFull
-from imrelay.message import (
-    MessageIds,
-    Submission,
-    ack_frame,
-    check_id,
-    error_frame,
-    from_node,
-    is_utf8,
-    parse,
-    to_node,
-)
+from imrelay.message import ack_frame, error_frame, from_node, to_node
+from imrelay.mid import MessageIds
+from imrelay.submission import Submission, check_id, is_utf8, parse
 
 DEEP = 100_000
 TO = '"to":{"id":"2"}'
@@ -162,7 +155,7 @@ GOOD = {
 
 def parse_text(text: str, user: str = "1") -> Submission:
     """Parse a text frame."""
-    found = parse(text.encode("utf-8", "surrogatepass"), text, user)
+    found = parse(text.encode("utf-8", "surrogatepass"), False, user)
     assert isinstance(found, Submission)
     return found
 
@@ -173,7 +166,7 @@ def test_what_is_no_json_object_is_bad_json(text: str) -> None:
     with pytest.raises(BadJson):
         parse_text(text)
     with pytest.raises(BadJson):
-        parse(text.encode(), None, "1")
+        parse(text.encode(), True, "1")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +175,7 @@ def test_what_is_no_json_object_is_bad_json(text: str) -> None:
 def test_a_binary_frame_has_to_be_utf8(payload: bytes) -> None:
     """A binary frame that is not UTF-8 is `bad_json`."""
     with pytest.raises(BadJson):
-        parse(payload, None, "1")
+        parse(payload, True, "1")
 
 
 @pytest.mark.parametrize("text", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
@@ -191,7 +184,7 @@ def test_what_breaks_the_rules_for_ids_is_a_bad_message(text: str) -> None:
     with pytest.raises(BadMessage):
         parse_text(text)
     with pytest.raises(BadMessage):
-        parse(text.encode(), None, "1")
+        parse(text.encode(), True, "1")
 
 
 @pytest.mark.parametrize("text", MISMATCHES.values(), ids=MISMATCHES)
@@ -205,16 +198,16 @@ def test_nobody_speaks_for_somebody_else(text: str) -> None:
 def test_what_is_allowed_passes_byte_for_byte(text: str) -> None:
     """The recipient gets the sender's bytes unchanged; a binary frame stays a binary one."""
     assert parse_text(text) == Submission("2", text.encode(), False, None)
-    assert parse(text.encode(), None, "1") == Submission("2", text.encode(), True, None)
+    assert parse(text.encode(), True, "1") == Submission("2", text.encode(), True, None)
 
 
 @pytest.mark.parametrize("digits", [641, 4299, 4300, 4301, 5000])
 def test_an_integer_of_any_length_may_stand_in_the_content(digits: int) -> None:
     """How many digits Python converts is no concern of the messages, whatever this process was told about it."""
     check = (
-        "import sys; from imrelay.message import parse\n"
+        "import sys; from imrelay.submission import parse\n"
         "text = sys.stdin.read()\n"
-        "assert parse(text.encode(), text, '1').body == text.encode()"
+        "assert parse(text.encode(), False, '1').body == text.encode()"
     )
     text = f'{{"from":{{"id":"1"}},{TO},"content":-{"7" * digits}}}'
     for limit in ("640", "4300", "0"):
@@ -338,6 +331,47 @@ def test_a_message_is_judged_as_the_protocol_says(message: Any, ascii_only: bool
         assert found.body == text.encode()
 
 
+@pytest.mark.parametrize("character", ["x", "中", "😀", "\\n", "["])
+def test_reading_a_message_takes_no_memory_beside_it(character: str) -> None:
+    """Of what the relay does not read nothing is made; to see how deep many brackets are, one copy at most."""
+    for content in (f'"x{character * 200_000}"', f'["{character}"{",1.5" * 200_000}]'):
+        message = f'{{"from":{{"id":"1"}},{TO},"content":{content}}}'.encode()
+        parse(message, False, "1")
+        tracemalloc.start()
+        try:
+            parse(message, False, "1")
+            used = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert used < (1.2 * len(message) if character == "[" else 10_000)
+
+
+_leaves = st.sampled_from(["[]", "{}", '"["', '"\\\\"', '"\\""', '"{\\\\\\"]"', "1", '""'])
+_brackets = st.recursive(
+    _leaves,
+    lambda inner: (
+        st.lists(inner, max_size=4).map(lambda items: f"[{','.join(items)}]")
+        | inner.map(lambda item: f'{{"}}":{item}}}')
+    ),
+)
+
+
+@given(_brackets, st.integers(20, 40))
+def test_the_depth_of_a_message_is_counted_exactly(content: str, levels: int) -> None:
+    """Thirty-two levels pass and thirty-three do not, whatever brackets stand in strings."""
+
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value
+        return 1 + max(map(depth, inner), default=0) if isinstance(value, (dict, list)) else 0
+
+    text = f'{{"from":{{"id":"1"}},{TO},"content":{"[" * levels}{content}{"]" * levels}}}'
+    if depth(json.loads(text)) <= 32:
+        assert parse_text(text).to == "2"
+    else:
+        with pytest.raises(BadJson):
+            parse_text(text)
+
+
 @given(st.text() | st.text(alphabet='{}[]":,0tofrmid\\u ').map(lambda text: "{" + text + "}"))
 def test_no_text_is_too_much(text: str) -> None:
     """Whatever a browser sends is a message or is answered; nothing else is ever raised."""
@@ -353,7 +387,7 @@ def test_no_text_is_too_much(text: str) -> None:
 def test_no_bytes_are_too_much(payload: bytes) -> None:
     """The same for binary frames."""
     with pytest.raises(AnswerableError):
-        parse(payload, None, "1")
+        parse(payload, True, "1")
 
 
 @given(ids)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from imrelay.broker.consumer import Consumer
 from imrelay.broker.frames import Delivery
 from imrelay.errors import BadMessage
-from imrelay.message import ClientAck
 from imrelay.protocol import V1, Plain
+from imrelay.submission import ClientAck
 
 
 class FakeConsumer:
@@ -29,9 +29,9 @@ class FakeConsumer:
     ack_each = ack
 
 
-def delivery(tag: int, mid: str | None, **more: Any) -> Delivery:
+def delivery(tag: int, mid: str | None) -> Delivery:
     """Return what a relay has published."""
-    return Delivery("inbox", tag, False, b"{}", mid=mid, kind="text", app_id="imrelay", **more)
+    return Delivery("inbox", tag, False, b"{}", mid, False, True, None)
 
 
 def test_a_message_that_came_twice_takes_one_place_of_the_prefetch() -> None:
@@ -87,6 +87,6 @@ def test_one_message_id_for_many_messages_of_another_program_is_no_repeat() -> N
     """What comes for the first time from a program that always sets the same message id is all sent."""
     protocol = Plain(cast(Consumer, FakeConsumer()), node_envelope=False)
     for tag in (1, 2, 3):
-        foreign = Delivery("inbox", tag, False, b"{}", mid="same", kind=None, app_id=None)
+        foreign = Delivery("inbox", tag, False, b"{}", "same", False, False, None)
         foreign.may_repeat = False
         assert protocol.encode(foreign) is not None

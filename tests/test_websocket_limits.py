@@ -104,6 +104,27 @@ def test_a_message_costs_at_most_two_and_a_half_times_its_size(opcode, payload, 
         assert used < 2.5 * len(payload)
 
 
+@pytest.mark.parametrize("fragments", [1, 3])
+@pytest.mark.parametrize(
+    "payload",
+    [b"x" * 2_000_000 + "😀".encode(), "😀".encode() * 500_000, "é".encode() * 1_000_000],
+    ids=["one emoji at the end", "emojis", "accents"],
+)
+def test_a_text_as_it_came_costs_no_more_whatever_its_characters(payload, fragments):
+    """Taken as bytes, a text needs no more than binary, though its str would be of four bytes a character."""
+    with running_server(max_message_size=5_000_000) as server, Peer(server) as peer:
+        peer.open("/peak?raw=")
+        assert peer.read_message() == "ready"
+        for index in range(fragments):
+            size = -(-len(payload) // fragments)
+            part = payload[index * size : (index + 1) * size]
+            head = TEXT if index == 0 else CONTINUATION
+            peer.send(frame(head, part, fin=index == fragments - 1, mask=b"\0\0\0\0"))
+        length, used = json.loads(peer.read_message())
+        assert length == len(payload)
+        assert used < 2.5 * len(payload)
+
+
 def test_single_bytes_cost_no_more():
     """A message that comes byte by byte is kept as bytes, not as a list of pieces."""
     import tracemalloc

@@ -345,9 +345,9 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
         report("senders:" + name).set([received, *(sender.value for sender in senders)])
 
     def receive_raw(websocket: Any, query: dict[str, str]) -> None:
-        while (message := websocket.receive_message()) is not None:
-            payload, text = message
-            websocket.send(json.dumps([payload.hex(), text]))
+        while messages := websocket.receive_messages():
+            for payload, binary in messages:
+                websocket.send(json.dumps([payload.hex(), binary]))
 
     def receive_twice(websocket: Any, query: dict[str, str]) -> None:
         other = gevent.spawn(websocket.receive)
@@ -402,11 +402,11 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
         while True:
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
-            message = websocket.receive()
-            if message is None:
+            message: Any = websocket.receive_messages() if "raw" in query else websocket.receive()
+            if not message:
                 break
             used = tracemalloc.get_traced_memory()[1] - before
-            websocket.send(json.dumps([len(message), used]))
+            websocket.send(json.dumps([len(message[0][0]) if "raw" in query else len(message), used]))
             del message
 
     def environ_goes(websocket: Any, query: dict[str, str]) -> None:

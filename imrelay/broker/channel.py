@@ -45,7 +45,7 @@ class Channel:
     hub and may only hand over. `on_lost` is called once, whoever ended the channel, unless `close` did.
     """
 
-    __slots__ = ("_awaited", "_connection", "_on_lost", "_pika", "_replies", "_template", "lost")
+    __slots__ = ("_awaited", "_connection", "_on_lost", "_pika", "_replies", "lost")
 
     def __init__(
         self,
@@ -62,7 +62,6 @@ class Channel:
         self._on_lost = on_lost
         self._replies: list[Method] = []
         self._awaited: AsyncResult | None = None
-        self._template: PublishTemplate | None = None
         self._pika = connection.open_channel()
         connection.channels += 1
         self._pika.on_delivery = on_delivery
@@ -130,22 +129,22 @@ class Channel:
         self._pika.add_on_return_callback(partial(_tell_return, on_return))
         self.call(spec.Confirm.Select())
 
-    def prepare(self, exchange: str, *, persistent: bool) -> None:
-        """Say what all messages of this channel have in common; once, before the first `publish`."""
-        wire = self._pika.connection
-        self._template = PublishTemplate(
-            self._pika.channel_number, exchange, persistent=persistent, body_max=wire.body_max
-        )
+    def prepare(self, exchange: str, *, persistent: bool) -> PublishTemplate:
+        """Return what makes the frames for `publish`: all messages of this channel have this in common."""
+        body_max = self._pika.connection.body_max
+        return PublishTemplate(self._pika.channel_number, exchange, persistent=persistent, body_max=body_max)
 
-    def publish(self, key: str, mid: str, binary: bool, body: bytes) -> None:
-        """Publish with `mandatory`; returns at once.
+    def publish(self, frames: bytes, *, at_once: bool) -> None:
+        """Send the frames of one or more messages; returns at once. Not to be called in the hub.
 
-        Raises `ChannelLost`, and `ValueError` where the routing key or the message id does not fit into AMQP.
+        `at_once`: somebody waits for their confirms, which else come with a few milliseconds of delay. Raises
+        `ChannelLost`.
         """
         if self.lost is not None or not self._pika.is_open:
             raise self.lost or ChannelLost("the channel is being closed")
-        assert self._template is not None, "prepare comes first"
-        self._pika.connection.emit(self._template.encode(key, mid, binary, body))
+        wire = self._pika.connection
+        wire.expect(at_once=at_once)
+        wire.emit_now(frames)
 
     def close(self) -> None:
         """Close the channel: what was not acknowledged goes back to its queue. Returns at once; idempotent.

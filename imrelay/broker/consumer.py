@@ -229,7 +229,7 @@ class Consumer:
                     self._promote(channel)
             self._held.append(delivery)
         else:
-            self._mailbox.put(delivery)
+            self._mailbox.deliver(delivery)
 
     def _promote(self, channel: Channel) -> None:
         """Begin to change over; not while `attach` still uses the channel."""
@@ -250,7 +250,7 @@ class Consumer:
             return
         if self._channel is channel and self._held is not None:
             for delivery in self._held:
-                self._mailbox.put(delivery)
+                self._mailbox.deliver(delivery)
             self._ordered_from = self._newest + 1
             self._live = self._held = None
 

@@ -20,27 +20,50 @@ __all__ = ["Confirm", "Delivery", "PublishTemplate", "encode_ack", "read_header"
 
 _END = 0xCE
 _METHOD, _HEADER, _BODY = 1, 2, 3
-#: type, channel, size of the payload, class, method
-_METHOD_START = struct.Struct(">BHIHH")
+#: Class in the upper half, method in the lower.
+_DELIVER, _ACK, _PUBLISH = 60 << 16 | 60, 60 << 16 | 80, 60 << 16 | 40
+_BASIC = 60
+#: type, channel, size of the payload, class and method
+_METHOD_START = struct.Struct(">BHII")
 #: delivery tag, redelivered or multiple
 _TAG_AND_BIT = struct.Struct(">QB")
 #: type, channel, size of the payload, class, weight, body size, property flags
 _HEADER_START = struct.Struct(">BHIHHQH")
+#: The same up to the body size, class and weight in one
+_CONTENT_START = struct.Struct(">BHIIQ")
 _BODY_START = struct.Struct(">BHI")
-_ACK_FRAME = struct.Struct(">BHIHHQBB")
-
-_BASIC, _DELIVER, _ACK, _PUBLISH = 60, 60, 80, 40
-#: The properties that a relay sets, and no others: content_type, delivery_mode, message_id, type, app_id.
-_OUR_FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 5 | 1 << 3
+_ACK_FRAME = struct.Struct(">BHIIQBB")
 #: Frame overhead: 7 bytes before the payload, one after it.
 _BEFORE, _AROUND = 7, 8
+
+
+def _short(text: str) -> bytes:
+    """Return a short string (4.2.5.3); raises `ValueError` over 255 bytes, or `UnicodeEncodeError`."""
+    octets = text.encode()
+    if len(octets) > 255:
+        raise ValueError(f"an AMQP short string has at most 255 bytes, this one {len(octets)}")
+    return bytes((len(octets),)) + octets
+
+
+#: The properties that a relay sets, and no others: content_type, delivery_mode, message_id, type, app_id.
+_OUR_FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 5 | 1 << 3
+_APP_ID = "imrelay"
+_CONTENT_TYPE = _short("application/json")
+_SIZE_OF_MID = 26
+#: What of a relay's header stands before the octet of delivery_mode, and what behind the message id of a text.
+_BEFORE_MID = _OUR_FLAGS.to_bytes(2, "big") + _CONTENT_TYPE
+_AFTER_TEXT_MID = _short("text") + _short(_APP_ID) + bytes((_END,))
+#: The header of a relay's text, and the start of the body frame behind it: type, size of the payload, body size,
+#: `_BEFORE_MID`, size of the message id, message id, `_AFTER_TEXT_MID`, type, size of the payload.
+_OUR_CONTENT = struct.Struct(f">B2xI4xQ{len(_BEFORE_MID)}sxB{_SIZE_OF_MID}s{len(_AFTER_TEXT_MID)}sB2xI")
+_OUR_HEADER_SIZE = _OUR_CONTENT.size - _BEFORE - _AROUND
 
 
 class Delivery:
     """A message from the broker that waits to be taken (`basic.deliver`)."""
 
     __slots__ = (
-        "body", "channel", "consumer_tag", "is_own", "may_repeat", "mid", "redelivered", "tag", "time_ms", "type"
+        "binary", "body", "channel", "consumer_tag", "is_own", "may_repeat", "mid", "redelivered", "tag", "time_ms"
     )  # fmt: skip
 
     def __init__(
@@ -49,11 +72,10 @@ class Delivery:
         tag: int,
         redelivered: bool,
         body: bytes,
-        *,
         mid: str | None,
-        kind: str | None,
-        app_id: str | None,
-        time_ms: int | None = None,
+        binary: bool,
+        is_own: bool,
+        time_ms: int | None,
     ) -> None:
         self.consumer_tag = consumer_tag
         self.tag = tag
@@ -62,12 +84,12 @@ class Delivery:
         self.body = body
         #: The AMQP property `message_id`; without it there is no repeat detection.
         self.mid = mid
-        #: The AMQP property `type`: text, binary, or whatever another program wrote there.
-        self.type = kind
+        #: Whether the AMQP property `type` says that it came in a binary frame.
+        self.binary = binary
+        #: Whether a relay published it, so that its body is a message.
+        self.is_own = is_own
         #: The AMQP property `timestamp`, in milliseconds since 1970; other programs may set it.
         self.time_ms = time_ms
-        #: Whether a relay published it, so that its body is a message.
-        self.is_own = app_id == "imrelay"
         #: Whose delivery it is, and whether it may have been delivered before: for the consumer to set.
         self.channel: object = None
         self.may_repeat = True
@@ -81,10 +103,10 @@ class Delivery:
             method.delivery_tag,
             bool(method.redelivered),
             body,
-            mid=properties.message_id,
-            kind=properties.type,
-            app_id=properties.app_id,
-            time_ms=None if stamp is None else int(stamp) * 1000,
+            properties.message_id,
+            properties.type == "binary",
+            properties.app_id == _APP_ID,
+            None if stamp is None else int(stamp) * 1000,
         )
 
 
@@ -105,16 +127,58 @@ def take(buffer: bytes, start: int, body_max: int) -> tuple[Delivery | Confirm |
     not arrived. Returns None where this is nothing for the hot path. `body_max` is the largest payload of a body
     frame on this connection; a message of several body frames is left to pika.
     """
-    if len(buffer) - start < 11:
+    end = len(buffer)
+    if end - start < _METHOD_START.size:
         return None
-    kind, channel, size, class_id, method = _METHOD_START.unpack_from(buffer, start)
-    if kind != _METHOD or class_id != _BASIC:
+    kind, channel, size, method = _METHOD_START.unpack_from(buffer, start)
+    if kind != _METHOD:
         return None
     if method == _ACK:
         return _take_confirm(buffer, start, channel)
     if method != _DELIVER:
         return None
     header = start + size + _AROUND
+    if end - header >= _OUR_CONTENT.size:
+        kind, header_size, body_size, before, size_of_mid, mid, after, next_kind, next_size = (
+            _OUR_CONTENT.unpack_from(buffer, header)
+        )
+        if after == _AFTER_TEXT_MID and before == _BEFORE_MID and body_size == next_size <= body_max:
+            body = header + _OUR_CONTENT.size
+            after_body = body + body_size
+            at = start + 12 + buffer[start + 11]
+            if after_body >= end:
+                return None, channel, start
+            if (
+                kind == _HEADER
+                and header_size == _OUR_HEADER_SIZE
+                and size_of_mid == len(mid)
+                and next_kind == _BODY
+                and buffer[header - 1] == buffer[after_body] == _END
+                and at + _TAG_AND_BIT.size < header
+                and mid.isascii()
+            ):
+                tag, redelivered = _TAG_AND_BIT.unpack_from(buffer, at)
+                return (
+                    Delivery(
+                        buffer[start + 12 : at].decode("utf-8", "replace"),
+                        tag,
+                        redelivered != 0,
+                        buffer[body:after_body],
+                        mid.decode(),
+                        False,
+                        True,
+                        None,
+                    ),
+                    channel,
+                    after_body + 1,
+                )
+    return _take_delivery(buffer, start, header, body_max, channel)
+
+
+def _take_delivery(
+    buffer: bytes, start: int, header: int, body_max: int, channel: int
+) -> tuple[Delivery | None, int, int] | None:
+    """Take a delivery whose properties may be any; its content header begins at `header`."""
     if len(buffer) < header + _HEADER_START.size:
         return None, channel, start
     kind, _, header_size, _, _, body_size, flags = _HEADER_START.unpack_from(buffer, header)
@@ -131,15 +195,11 @@ def take(buffer: bytes, start: int, body_max: int) -> tuple[Delivery | Confirm |
     at = start + 12 + buffer[start + 11]
     if at + _TAG_AND_BIT.size >= header:
         return None
-    consumer_tag = buffer[start + 12 : at].decode(errors="replace")
     tag, redelivered = _TAG_AND_BIT.unpack_from(buffer, at)
+    method = spec.Basic.Deliver(buffer[start + 12 : at].decode(errors="replace"), tag, redelivered != 0)
     content = buffer[body + _BEFORE : end - 1] if body_size else b""
-    properties = buffer[header + _HEADER_START.size : body - 1]
-    if flags == _OUR_FLAGS:
-        delivery = _ours(consumer_tag, tag, redelivered != 0, content, properties)
-    else:
-        delivery = _theirs(consumer_tag, tag, redelivered != 0, content, flags, properties)
-    return None if delivery is None else (delivery, channel, end)
+    properties = read_properties(flags, buffer[header + _HEADER_START.size : body - 1])
+    return Delivery.from_pika(method, properties, content), channel, end
 
 
 def _take_confirm(buffer: bytes, start: int, channel: int) -> tuple[Confirm | None, int, int] | None:
@@ -148,28 +208,6 @@ def _take_confirm(buffer: bytes, start: int, channel: int) -> tuple[Confirm | No
         return None, channel, start
     tag, multiple = _TAG_AND_BIT.unpack_from(buffer, start + _METHOD_START.size)
     return (Confirm(tag, multiple != 0), channel, end) if buffer[end - 1] == _END else None
-
-
-def _ours(consumer_tag: str, tag: int, redelivered: bool, body: bytes, properties: bytes) -> Delivery | None:
-    """Read the properties that a relay sets: four short strings with one octet after the first."""
-    try:
-        at = 2 + properties[0]
-        mid = properties[at + 1 : at + 1 + properties[at]].decode()
-        at += 1 + properties[at]
-        kind = properties[at + 1 : at + 1 + properties[at]].decode()
-        at += 1 + properties[at]
-        app_id = properties[at + 1 : at + 1 + properties[at]].decode()
-    except (IndexError, UnicodeDecodeError):
-        return None
-    return Delivery(consumer_tag, tag, redelivered, body, mid=mid, kind=kind, app_id=app_id)
-
-
-def _theirs(
-    consumer_tag: str, tag: int, redelivered: bool, body: bytes, flags: int, properties: bytes
-) -> Delivery:
-    """Read the properties of another program."""
-    method = spec.Basic.Deliver(consumer_tag, tag, redelivered)
-    return Delivery.from_pika(method, read_properties(flags, properties), body)
 
 
 #: The properties in their order on the wire, from flag 15 down: octets; 0: a short string; None: a table.
@@ -222,15 +260,7 @@ def read_header(buffer: bytes, start: int) -> frame.Header:
 
 def encode_ack(channel: int, tag: int, multiple: bool) -> bytes:
     """Return a `basic.ack` frame."""
-    return _ACK_FRAME.pack(_METHOD, channel, 13, _BASIC, _ACK, tag, multiple, _END)
-
-
-def _short(text: str) -> bytes:
-    """Return a short string (4.2.5.3); raises `ValueError` over 255 bytes, or `UnicodeEncodeError`."""
-    octets = text.encode()
-    if len(octets) > 255:
-        raise ValueError(f"an AMQP short string has at most 255 bytes, this one {len(octets)}")
-    return bytes((len(octets),)) + octets
+    return _ACK_FRAME.pack(_METHOD, channel, 13, _ACK, tag, multiple, _END)
 
 
 class PublishTemplate:
@@ -244,29 +274,32 @@ class PublishTemplate:
     def __init__(self, channel: int, exchange: str, *, persistent: bool, body_max: int) -> None:
         self._channel = channel
         self._body_max = body_max
-        self._before_key = struct.pack(">HHH", _BASIC, _PUBLISH, 0) + _short(exchange)
-        self._before_mid = _short("application/json") + bytes((2 if persistent else 1,))
+        self._before_key = struct.pack(">IH", _PUBLISH, 0) + _short(exchange)
+        self._before_mid = _BEFORE_MID + bytes((2 if persistent else 1,))
         self._after_mid = {
-            binary: _short("binary" if binary else "text") + _short("imrelay") for binary in (False, True)
+            binary: _short("binary" if binary else "text") + _short(_APP_ID) + bytes((_END,))
+            for binary in (False, True)
         }
 
-    def encode(self, key: str, mid: str, binary: bool, body: bytes) -> bytes:
-        """Return the frames of one mandatory `basic.publish`: method, header and body.
+    def encode_method(self, key: str) -> bytes:
+        """Return the method frame of a mandatory publish: the same for all messages with this routing key.
 
-        Raises `ValueError` for a routing key or a message id that AMQP has no room for.
+        Raises `ValueError` for a key that AMQP has no room for.
         """
-        channel = self._channel
         method = self._before_key + _short(key)
-        properties = self._before_mid + _short(mid) + self._after_mid[binary]
-        pieces = [
-            _BODY_START.pack(_METHOD, channel, len(method) + 1),
-            method,
-            b"\x01\xce",  # the bits, of which mandatory is the first, and the end of the frame
-            _HEADER_START.pack(_HEADER, channel, 14 + len(properties), _BASIC, 0, len(body), _OUR_FLAGS),
-            properties,
-            b"\xce",
-        ]
-        for at in range(0, len(body), self._body_max):
+        # the bits, of which mandatory is the first, and the end of the frame
+        return _BODY_START.pack(_METHOD, self._channel, len(method) + 1) + method + b"\x01\xce"
+
+    def encode_content(self, mid: str, binary: bool, body: bytes) -> bytes:
+        """Return the header and body frames that follow. Raises `ValueError` for such a message id."""
+        size, after_mid, short_mid = len(body), self._after_mid[binary], _short(mid)
+        header_size = 12 + len(self._before_mid) + len(short_mid) + len(after_mid) - 1
+        header = _CONTENT_START.pack(_HEADER, self._channel, header_size, _BASIC << 16, size)
+        if 0 < size <= self._body_max:
+            start = _BODY_START.pack(_BODY, self._channel, size)
+            return b"".join((header, self._before_mid, short_mid, after_mid, start, body, b"\xce"))
+        pieces = [header, self._before_mid, short_mid, after_mid]
+        for at in range(0, size, self._body_max):
             part = body[at : at + self._body_max]
-            pieces += (_BODY_START.pack(_BODY, channel, len(part)), part, b"\xce")
+            pieces += (_BODY_START.pack(_BODY, self._channel, len(part)), part, b"\xce")
         return b"".join(pieces)

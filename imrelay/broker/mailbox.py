@@ -1,4 +1,4 @@
-"""The mailbox, in which deliveries wait for the writer of one browser socket."""
+"""What a greenlet waits for: a bell that anybody rings, and the mailbox of one browser socket."""
 
 from __future__ import annotations
 
@@ -6,49 +6,76 @@ import gevent
 
 from imrelay.broker.frames import Delivery
 
-__all__ = ["Delivery", "Mailbox"]
+__all__ = ["Bell", "Delivery", "Mailbox"]
 
 
-class Mailbox:
+class Bell:
+    """What one greenlet waits at and anybody rings, the hub too. Cheaper than an `Event`, which many may wait for.
+
+    A ring that nobody waits for is not remembered: look at what you wait for before each `wait`.
+    """
+
+    __slots__ = ("_is_rung", "_waiting")
+
+    def __init__(self) -> None:
+        self._waiting: gevent.Greenlet | None = None
+        self._is_rung = False
+
+    def wait(self) -> None:
+        """Block until it is rung."""
+        self._waiting = gevent.getcurrent()
+        try:
+            gevent.get_hub().switch()
+        finally:
+            self._waiting = None
+
+    def ring(self) -> None:
+        """Wake who waits, in this turn of the loop."""
+        if self._waiting is not None and not self._is_rung:
+            self._is_rung = True
+            gevent.get_hub().loop.run_callback(self._wake)
+
+    def _wake(self) -> None:
+        self._is_rung = False
+        if self._waiting is not None:  # else it was killed meanwhile
+            self._waiting.switch()
+
+
+class Mailbox(Bell):
     """What waits for one socket's writer: deliveries, and frames from this process; in order.
 
     It has no bound of its own: deliveries are bounded by the prefetch, frames by who puts them.
     """
 
-    __slots__ = ("_closed", "_items", "_reader")
+    __slots__ = ("_closed", "_items")
 
     def __init__(self) -> None:
+        super().__init__()
         self._items: list[Delivery | bytes] = []
-        self._reader: gevent.Greenlet | None = None
         self._closed = False
 
-    def put(self, item: Delivery | bytes) -> None:
-        """Add an item and wake the reader. May be called from the hub.
+    def put(self, frame: bytes) -> None:
+        """Add a frame. May be called from the hub."""
+        self._items.append(frame)
+        self.ring()
 
-        Once it is closed, deliveries are left out: unacknowledged, the broker gives them to somebody else.
+    def deliver(self, delivery: Delivery) -> None:
+        """Add a delivery. May be called from the hub.
+
+        Once the mailbox is closed it is left out: unacknowledged, the broker gives it to somebody else.
         """
-        if self._closed and isinstance(item, Delivery):
-            return
-        self._items.append(item)
-        self._wake()
+        if not self._closed:
+            self._items.append(delivery)
+            self.ring()
 
     def close(self) -> None:
         """End it: the reader gets what is there and then an empty list. May be called from the hub."""
         self._closed = True
-        self._wake()
+        self.ring()
 
     def take(self) -> list[Delivery | bytes]:
         """Block until there is something, and return all of it; an empty list once it is closed and empty."""
         while not self._items and not self._closed:
-            self._reader = gevent.getcurrent()
-            try:
-                gevent.get_hub().switch()
-            finally:
-                self._reader = None
+            self.wait()
         items, self._items = self._items, []
         return items
-
-    def _wake(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            gevent.get_hub().loop.run_callback(reader.switch)

@@ -56,8 +56,9 @@ def offer(
     channel = Channel(connection, on_lost=answer.set_exception)
     try:
         channel.confirm(lambda tag, multiple, accepted: answer.set(accepted and not returned), returned.append)
-        channel.prepare(topology.exchange, persistent=persistent)
-        channel.publish(publication.user, publication.mid, publication.binary, publication.body)
+        template = channel.prepare(topology.exchange, persistent=persistent)
+        content = template.encode_content(publication.mid, publication.binary, publication.body)
+        channel.publish(template.encode_method(publication.user) + content, at_once=True)
         answer.wait(timeout)
         return answer.ready() and bool(answer.get())
     finally:

@@ -32,7 +32,6 @@ class Publication:
         self,
         user: str,
         body: bytes,
-        *,
         binary: bool,
         mid: str,
         time_ms: int,

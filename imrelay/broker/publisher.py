@@ -12,7 +12,6 @@ on a fresh channel before its inbox counts as full, which could not be done in o
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections import deque
@@ -24,6 +23,8 @@ from gevent.lock import Semaphore
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
+from imrelay.broker.frames import PublishTemplate
+from imrelay.broker.mailbox import Bell
 from imrelay.broker.opening import inbox_exists, offer, open_inbox
 from imrelay.broker.publication import Publication
 from imrelay.broker.topology import Topology
@@ -97,20 +98,28 @@ class Publisher:
         self._create_unknown = create_unknown
         self._on_exchange_lost = on_exchange_lost
         self._exchange_is_lost = False
-        self._room = Semaphore(queue_size)
+        self._queue_size = queue_size
+        #: Greenlets that wait for room, and what wakes them.
+        self._waiting = 0
+        self._room = Semaphore(0)
         #: All that is not answered, by message id, in the order of acceptance.
         self._pending: dict[str, Publication] = {}
         self._queue: deque[Publication] = deque()
+        #: By delivery tag; all below `_next_tag` are confirmed.
         self._unconfirmed: dict[int, Publication] = {}
+        self._next_tag = 1
+        #: The last one whose sender waits for its answer.
+        self._awaited_tag = 0
         self._detours: dict[str, _Detour] = {}
         self._openings = Semaphore(_OPENINGS)
-        self._reached: set[str] = set()
-        self._reached_before: set[str] = set()
+        #: Method frames to those whose inbox is there.
+        self._reached: dict[str, bytes] = {}
+        self._reached_before: dict[str, bytes] = {}
         self._channel: Channel | None = None
+        self._template: PublishTemplate | None = None
         self._tag = 0
-        self._wake = Event()
-        self._idle = Event()
-        self._idle.set()
+        self._bell = Bell()
+        self._idle: Event | None = None
         self._stopped = False
         self._greenlets: list[gevent.Greenlet] = []
 
@@ -124,15 +133,19 @@ class Publisher:
 
     def flush(self, timeout: float) -> int:
         """Block until every message has been answered, or for `timeout` seconds; return how many were not."""
-        self._idle.wait(timeout)
+        if self._pending:
+            self._idle = Event()
+            self._idle.wait(timeout)
         return len(self._pending)
 
     def stop(self) -> None:
         """End it; what is still waiting is answered with `BrokerUnavailable`."""
         self._stopped = True
-        self._wake.set()
+        self._bell.ring()
         for publication in list(self._pending.values()):
             self._finish(publication, BrokerUnavailable("the relay is stopping; this message was not confirmed"))
+        for _ in range(self._waiting):
+            self._room.release()
         self._connection.close()
         gevent.joinall(self._greenlets, timeout=2)
 
@@ -151,19 +164,30 @@ class Publisher:
 
         Raises `BrokerUnavailable` when there was no room within the time limit, or the publisher was stopped.
         """
-        if not self._room.acquire(timeout=self._timeout):
-            raise BrokerUnavailable("too many messages wait for the broker; this one was not accepted")
+        if self._waiting or len(self._pending) >= self._queue_size:
+            self._wait_for_room()
         if self._stopped:
-            self._room.release()
             raise BrokerUnavailable("the relay is stopping; this message was not accepted")
         publication.deadline = time.monotonic() + self._timeout
         self._pending[publication.mid] = publication
-        self._idle.clear()
         self._queue.append(publication)
-        self._wake.set()
+        self._bell.ring()
+
+    def _wait_for_room(self) -> None:
+        """Block until it is this greenlet's turn and there is room."""
+        self._waiting += 1
+        try:
+            with gevent.Timeout(self._timeout, False):
+                self._room.acquire()
+                while len(self._pending) >= self._queue_size and not self._stopped:
+                    self._room.acquire()
+                return
+        finally:
+            self._waiting -= 1
+        raise BrokerUnavailable("too many messages wait for the broker; this one was not accepted")
 
     def _on_state(self, state: State) -> None:
-        self._wake.set()
+        self._bell.ring()
 
     def _run_publisher(self) -> None:
         while not self._stopped:
@@ -189,7 +213,7 @@ class Publisher:
         channel = Channel(self._connection, on_lost=self._on_lost)
         channel.call(self._topology.declare_exchange())
         channel.confirm(self._on_confirm, self._on_return)
-        channel.prepare(self._topology.exchange, persistent=self._persistent)
+        self._template = channel.prepare(self._topology.exchange, persistent=self._persistent)
         if self._exchange_is_lost:
             self._exchange_is_lost = False
             self._on_exchange_lost()
@@ -202,21 +226,65 @@ class Publisher:
             publication.returned = False
         if self._queue:
             logger.info("publishing %d messages again or at last", len(self._queue))
-        self._tag = 0
+        self._tag = self._awaited_tag = 0
+        self._next_tag = 1
         self._channel = channel
-        self._wake.set()
+        self._bell.ring()
 
     def _drain(self) -> None:
         """Publish what is queued, until the channel is lost; blocks while there is nothing to do."""
         while self._channel is not None and not self._stopped:
-            self._wake.wait()
-            self._wake.clear()
-            for count in itertools.count(1):
-                if not self._queue or self._channel is None or self._connection.state is not State.OPEN:
-                    break
-                self._route(self._queue.popleft())
-                if count % _BATCH == 0:
+            if not self._queue or self._connection.state is not State.OPEN:
+                self._bell.wait()
+            else:
+                self._publish_some(self._channel)
+                if self._queue:
                     gevent.sleep(0)
+
+    def _publish_some(self, channel: Channel) -> None:
+        """Publish up to `_BATCH` of what is queued in one go."""
+        queue, detours, reached, unconfirmed = self._queue, self._detours, self._reached, self._unconfirmed
+        encode = self._prepared.encode_content
+        frames: list[bytes] = []
+        for _ in range(min(len(queue), _BATCH)):
+            publication = queue.popleft()
+            if publication.done:
+                continue
+            user = publication.user
+            if detours and user in detours:
+                detours[user].waiting.append(publication)
+                continue
+            try:
+                method = reached.get(user) or self._find_way(user)
+                content = encode(publication.mid, publication.binary, publication.body)
+            except ValueError:  # AMQP has no room for it: that one must not end the publisher of all
+                logger.exception("message %s cannot be published", publication.mid)
+                self._finish(publication, BadMessage("this message cannot be published"))
+                self._settle(publication, accepted=True)  # nothing of it is under way any more
+                continue
+            frames += (method, content)
+            self._tag += 1
+            unconfirmed[self._tag] = publication
+            if publication.message_id is not None:
+                self._awaited_tag = self._tag
+        if frames:
+            is_awaited = self._awaited_tag in unconfirmed or 2 * len(self._pending) > self._queue_size
+            channel.publish(b"".join(frames), at_once=is_awaited or bool(detours))
+
+    def _find_way(self, user: str) -> bytes:
+        """Return the method frame for a user who is not in `_reached`; raises `ValueError`."""
+        method = self._reached_before.get(user)
+        if method is not None:
+            self._remember(user, method)
+            return method
+        method = self._prepared.encode_method(user)
+        self._detours[user] = _Detour(in_flight=1, is_alone=True)
+        return method
+
+    @property
+    def _prepared(self) -> PublishTemplate:
+        assert self._template is not None  # it comes with the channel
+        return self._template
 
     def _on_lost(self, lost: ChannelLost) -> None:
         """The channel ended; in the hub."""
@@ -224,33 +292,7 @@ class Publisher:
             logger.warning("the broker closed the publisher's channel: %s", lost)
         self._exchange_is_lost = self._exchange_is_lost or lost.reply_code == _NOT_FOUND
         self._channel = None
-        self._wake.set()
-
-    def _route(self, publication: Publication) -> None:
-        user = publication.user
-        if publication.done:
-            return
-        if user in self._detours:
-            self._detours[user].waiting.append(publication)
-            return
-        if not self._has_reached(user):
-            self._detours[user] = _Detour(in_flight=1, is_alone=True)
-        self._transmit(publication)
-
-    def _transmit(self, publication: Publication) -> None:
-        if self._channel is None:
-            raise ChannelLost("lost before this message")
-        try:
-            self._channel.publish(publication.user, publication.mid, publication.binary, publication.body)
-        except ChannelLost:
-            raise
-        except ValueError:  # AMQP has no room for it: that one must not end the publisher of all
-            logger.exception("message %s cannot be published", publication.mid)
-            self._finish(publication, BadMessage("this message cannot be published"))
-            self._settle(publication, accepted=True)  # nothing of it is under way any more
-            return
-        self._tag += 1
-        self._unconfirmed[self._tag] = publication
+        self._bell.ring()
 
     def _on_return(self, mid: str | None) -> None:
         """A message came back: its user has no inbox (`basic.return`); its `basic.ack` follows. In the hub."""
@@ -259,8 +301,8 @@ class Publisher:
             return
         publication.returned = True
         user = publication.user
-        self._reached.discard(user)
-        self._reached_before.discard(user)
+        self._reached.pop(user, None)
+        self._reached_before.pop(user, None)
         if user not in self._detours:
             in_flight = sum(other.user == user for other in self._unconfirmed.values())
             self._detours[user] = _Detour(in_flight)
@@ -272,11 +314,17 @@ class Publisher:
             if publication is not None:
                 self._settle(publication, accepted)
             return
-        for confirmed in list(itertools.takewhile(lambda other: other <= tag, self._unconfirmed)):
-            self._settle(self._unconfirmed.pop(confirmed), accepted)
+        while self._next_tag <= tag:
+            publication = self._unconfirmed.pop(self._next_tag, None)
+            self._next_tag += 1
+            if publication is not None:
+                self._settle(publication, accepted)
 
     def _settle(self, publication: Publication, accepted: bool) -> None:
-        detour = self._detours.get(publication.user) if self._detours else None
+        if accepted and not self._detours:
+            self._finish(publication, None)
+            return
+        detour = self._detours.get(publication.user)
         if detour is not None:
             detour.in_flight -= 1
             if publication.returned:
@@ -329,14 +377,14 @@ class Publisher:
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
-        self._wake.set()
+        self._bell.ring()
 
     def _end_detour(self, user: str, detour: _Detour) -> None:
         """All that was under way to this user has been answered by the broker; in the hub."""
         if detour.returned:
             gevent.spawn(self._run_opening, user, detour).name = f"opening:{user}"
         else:
-            self._remember(user)
+            self._remember(user, self._prepared.encode_method(user))
             self._resume(user, detour)
 
     def _run_opening(self, user: str, detour: _Detour) -> None:
@@ -350,7 +398,7 @@ class Publisher:
                 if is_open:
                     open_inbox(self._connection, self._topology, user)
             if is_open:
-                self._remember(user)
+                self._remember(user, self._prepared.encode_method(user))
             else:
                 for publication in detour.returned:
                     self._finish(publication, RecipientUnknown("nobody with this id was ever here"))
@@ -369,23 +417,22 @@ class Publisher:
             return
         del self._detours[user]
         self._queue.extendleft(reversed(detour.waiting))
-        self._wake.set()
+        self._bell.ring()
 
-    def _has_reached(self, user: str) -> bool:
-        return user in self._reached or user in self._reached_before
-
-    def _remember(self, user: str) -> None:
+    def _remember(self, user: str, method: bytes) -> None:
         if len(self._reached) >= _REACHED:
-            self._reached_before, self._reached = self._reached, set()
-        self._reached.add(user)
+            self._reached_before = self._reached.copy()
+            self._reached.clear()
+        self._reached[user] = method
 
     def _finish(self, publication: Publication, error: AnswerableError | None) -> None:
         if publication.done:
             return
         publication.done = True
         del self._pending[publication.mid]
-        self._room.release()
-        if not self._pending:
+        if self._waiting:
+            self._room.release()
+        if self._idle is not None and not self._pending:
             self._idle.set()
         publication.on_done(publication, error)
 

@@ -3,11 +3,14 @@
 Inbound, deliveries and confirms go from the receive buffer straight to the channel's owner; all else goes
 through pika. Outbound, the frames of one turn of the loop leave in one system call, without a watcher where the
 socket takes them at once: pika writes each publish in three pieces and makes its write watcher anew around each.
+What nobody waits for, acknowledgements and most confirms, waits a few milliseconds for company in both directions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +24,15 @@ from imrelay.broker.frames import Confirm, Delivery, read_header, take
 
 __all__ = ["Wire", "WireChannel"]
 
+logger = logging.getLogger(__name__)
+
 #: Bytes that are read from the broker at once; then others have their turn.
 _READ_SIZE = 65_536
 #: How long acknowledgements wait for company, in seconds: alone, each would cost both sides a system call and the
 #: broker a turn. What a crash in that time leaves unacknowledged is delivered again with the same message id.
 _LATER = 0.005
+#: Bytes that end the patience for replies before the time: see `expect`.
+_PLENTY = 16_384
 #: What a frame has before its payload, and around it (AMQP 0-9-1, 2.3.5).
 _BEFORE, _AROUND = 7, 8
 #: The first octet of a content header frame; and of a protocol header, which is no frame.
@@ -67,6 +74,10 @@ class Wire(GeventConnection):  # type: ignore[misc]
         self._hub = gevent.get_hub()
         self._later = self._hub.loop.timer(_LATER)
         self._frame_buffer = b""
+        #: Whether the kernel keeps quiet about what has come, up to `_PLENTY`, until the timer looks.
+        self._is_patient = False
+        self._patience = self._hub.loop.timer(_LATER)
+        self._raw: Any = None
         super().__init__(parameters, custom_ioloop=_ioloop(), **callbacks)
 
     @property
@@ -79,40 +90,98 @@ class Wire(GeventConnection):  # type: ignore[misc]
         self._unsent.append(frames)
         if not self._flush_is_due:
             self._flush_is_due = True
-            self._hub.loop.run_callback(self._flush)
+            self._hub.loop.run_callback(self.flush)
+
+    def emit_now(self, frames: bytes) -> None:
+        """Send complete frames, and what waits to be sent, at once."""
+        self._unsent.append(frames)
+        self.flush()
 
     def emit_later(self, frames: bytes) -> None:
         """Send complete frames with the next that are sent, or after `_LATER`. May be called from the hub."""
         self._unsent.append(frames)
         if not self._flush_is_due and not self._later.active:
-            self._later.start(self._flush)
+            self._later.start(self.flush)
 
     def _adapter_emit_data(self, data: bytes) -> None:
         self.emit(data)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send now what waits to be sent. May be called from the hub."""
         self._flush_is_due = False
-        self._later.stop()
-        data = b"".join(self._unsent)
-        self._unsent.clear()
+        if self._later.active:
+            self._later.stop()
+        unsent = self._unsent
+        if not unsent:
+            return
+        data = b"".join(unsent) if len(unsent) > 1 else unsent[0]
+        unsent.clear()
         transport = self._transport
         if transport is None:
             return
-        if type(transport) is _AsyncPlaintextTransport and not transport.get_write_buffer_size():
+        if self._raw is not None and not transport.get_write_buffer_size():
             # full, or lost: pika's own way of writing finds out which
-            with contextlib.suppress(OSError, AttributeError):
-                data = data[transport._sock.send(data) :]
-        if data:
-            transport.write(data)
+            with contextlib.suppress(OSError):
+                sent = self._raw.send(data)
+                if sent == len(data):
+                    return
+                data = data[sent:]
+        transport.write(data)
+
+    def expect(self, *, at_once: bool) -> None:
+        """Say that something will come, and whether anybody waits for it; else it is read a little later.
+
+        One wake-up of the process then serves for many confirms. Does nothing on a TLS connection.
+        """
+        if at_once:
+            if self._is_patient:
+                self._set_patience(False)
+        elif not self._is_patient and self._raw is not None:
+            self._set_patience(True)
+            self._patience.start(self._on_patience_end)
+
+    def _set_patience(self, is_patient: bool) -> None:
+        self._is_patient = is_patient
+        with contextlib.suppress(OSError):
+            self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _PLENTY if is_patient else 1)
+
+    def _on_patience_end(self) -> None:
+        if self._is_patient and self._raw is not None:
+            self._set_patience(False)
+            self._on_readable()
 
     def _create_channel(self, channel_number: int, on_open_callback: Callable[..., None] | None) -> WireChannel:
         return WireChannel(self, channel_number, on_open_callback)
 
     def _proto_connection_made(self, transport: Any) -> None:
-        if type(transport) is _AsyncPlaintextTransport:
-            transport._MAX_RECV_BYTES = _READ_SIZE
-            transport._MAX_CONSUME_BYTES = 1  # one read a turn: no second one that finds nothing
         super()._proto_connection_made(transport)
+        if type(transport) is _AsyncPlaintextTransport:
+            self._raw = getattr(transport._sock, "_sock", transport._sock)  # below gevent's
+            self._nbio.set_reader(transport._sock.fileno(), self._on_readable)
+
+    def _proto_connection_lost(self, error: BaseException | None) -> None:
+        self._raw = None
+        self._later.stop()
+        self._patience.stop()
+        super()._proto_connection_lost(error)
+
+    def _on_readable(self) -> None:
+        """Read once, in the hub; how a connection ends is left to pika."""
+        transport = self._transport
+        if transport is None or transport._state != transport._STATE_ACTIVE:
+            return
+        try:
+            data = self._raw.recv(_READ_SIZE)
+            if data:
+                self._on_data_available(data)
+            else:
+                transport._on_socket_readable()
+        except BlockingIOError:
+            pass
+        except Exception as error:
+            if not isinstance(error, OSError):
+                logger.exception("what came from the broker could not be read")
+            transport._initiate_abort(error)
 
     def _on_data_available(self, data_in: bytes) -> None:
         """Take what has arrived; the rest, less than a frame, stays for the next time."""

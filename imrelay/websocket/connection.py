@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from gevent import getcurrent
@@ -9,9 +10,11 @@ from gevent import getcurrent
 from imrelay.websocket.conversation import Conversation, State
 from imrelay.websocket.errors import ConcurrentReceive, ConnectionClosed
 from imrelay.websocket.frames import BINARY, TEXT, encode_close, encode_frame, is_valid_close_code
-from imrelay.websocket.parser import decode_text
 
 __all__ = ["WebSocket"]
+
+#: Bytes of a long text that are decoded at once: Python reserves several times that meanwhile.
+_DECODE_SIZE = 65_536
 
 _OPEN, _CLOSING, _CLOSED = State.OPEN, State.CLOSING, State.CLOSED
 
@@ -34,22 +37,35 @@ class WebSocket(Conversation):
     def receive(self) -> str | bytes | None:
         """Wait for the next message and return it: text as str, binary as bytes; None after a close.
 
-        Raises ConcurrentReceive if another greenlet is waiting here already.
+        Python keeps a str in 1, 2 or 4 bytes a character, for the widest of them: a text with one emoji takes four
+        times its size. `receive_messages` leaves it as it came. Raises ConcurrentReceive if another greenlet is
+        waiting here already.
         """
-        message = self.receive_message()
-        if message is None:
+        if not self._wait_for_messages():
             return None
-        payload, text = message
-        return payload if text is None else text
+        opcode, payload = self._messages.pop(0)
+        self._took(len(payload))
+        return _decode(payload) if opcode == TEXT else payload
 
-    def receive_message(self) -> tuple[bytes, str | None] | None:
-        """As `receive`, but return payload bytes and, for a text message alone, its text."""
-        messages = self._messages
-        while not messages:
+    def receive_messages(self) -> list[tuple[bytes, bool]]:
+        """As `receive`, but return all that has come, each as (payload, is binary); nothing after a close.
+
+        The payload of a text is UTF-8.
+        """
+        if not self._wait_for_messages():
+            return []
+        messages = [(payload, opcode == BINARY) for opcode, payload in self._messages]
+        self._messages.clear()
+        self._took(self._queued)
+        return messages
+
+    def _wait_for_messages(self) -> bool:
+        """Wait until there are messages; tell whether there are."""
+        while not self._messages:
             if self._ending is not None:
                 self._end_now()
             if self._state is not _OPEN:
-                return None
+                return False
             if self._receiver is not None:
                 raise ConcurrentReceive()
             self._receiver = getcurrent()
@@ -57,13 +73,13 @@ class WebSocket(Conversation):
                 self._hub.switch()
             finally:
                 self._receiver = None
-        opcode, payload, text = messages.pop(0)
-        self._queued -= len(payload)
-        if not self._reading and not messages and self._state is _OPEN and self._ending is None:
+        return True
+
+    def _took(self, size: int) -> None:
+        """Go on reading when there is nothing left to take."""
+        self._queued -= size
+        if not self._reading and not self._messages and self._state is _OPEN and self._ending is None:
             self._schedule()
-        if text is None and opcode == TEXT:
-            text = decode_text(payload)
-        return payload, text
 
     def send(self, data: str | bytes) -> None:
         """Send one message: str as text, bytes as binary.
@@ -151,3 +167,11 @@ class WebSocket(Conversation):
         finally:
             if self._closers is not None and current in self._closers:
                 self._closers.remove(current)
+
+
+def _decode(text: bytes) -> str:
+    """Decode text that has been checked; a long one in pieces, so that it costs little beyond the str itself."""
+    if len(text) <= 2 * _DECODE_SIZE or text.isascii():
+        return text.decode()
+    decoder, view = codecs.getincrementaldecoder("utf-8")(), memoryview(text)
+    return "".join([decoder.decode(view[at : at + _DECODE_SIZE]) for at in range(0, len(view), _DECODE_SIZE)])

@@ -150,7 +150,7 @@ class Conversation(Wire):
         parser = self._parser
         pongs = []
         for event in parser.parse(data, min(FRAMES_PER_TURN, max(1, MAX_QUEUED_MESSAGES - len(messages)))):
-            opcode, payload, _ = event
+            opcode, payload = event
             if opcode <= BINARY:
                 if self._state is _OPEN:
                     messages.append(event)
@@ -187,7 +187,7 @@ class Conversation(Wire):
             self._start_reading()
         elif len(self._messages) >= MAX_QUEUED_MESSAGES or self._queued >= MAX_QUEUED_BYTES:
             self._held = True
-            self._stop_reading()  # receive_message goes on
+            self._stop_reading()  # receive_messages goes on
         elif self._parser.has_more:
             self._stop_reading()  # what is here comes first
             self._schedule()
@@ -311,7 +311,7 @@ class Conversation(Wire):
         outbox = self._outbox
         if outbox is not None and outbox.is_at_frame:
             try:
-                told = self._sock.send(frame) == len(frame)
+                told = self._raw.send(frame) == len(frame)
             except OSError:
                 told = False
             if told:

@@ -7,7 +7,8 @@ The parser's state between two calls:
     done      a close frame came, or the peer broke a rule (`failure` says which): nothing is parsed any more
 
 A message in work costs its size, an eighth for the growing buffer, and once more its size at the moment
-when it is handed over. The str of a text then takes what Python needs for it: 1, 2 or 4 bytes a character.
+when it is handed over. A text stays UTF-8, which is checked a piece at a time: its str would take 1, 2 or 4 bytes
+for each character, for the widest of them.
 """
 
 from __future__ import annotations
@@ -35,11 +36,10 @@ from imrelay.websocket.frames import (
     read_close,
 )
 
-__all__ = ["Event", "FrameParser", "Inflate", "decode_text"]
+__all__ = ["Event", "FrameParser", "Inflate"]
 
-#: What came in: opcode, unmasked payload, and the text of a text message that arrived in one piece. A longer
-#: text has been checked, and is left to its reader to decode: that falls into the reader's own turn.
-Event = tuple[int, bytes, "str | None"]
+#: What came in: opcode and unmasked payload; that of a text is UTF-8.
+Event = tuple[int, bytes]
 
 #: Inflates one compressed frame: (payload, first frame of the message, last frame, bytes allowed) -> data.
 Inflate = Callable[[bytes, bool, bool, int], bytes]
@@ -49,18 +49,27 @@ INFLATED_PER_FRAME = 512
 
 _KNOWN_OPCODES = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
 
-#: Bytes of a long text that are decoded at once: Python reserves several times that meanwhile.
-_DECODE_SIZE = 65_536
+#: Bytes of a text that are checked at once: Python makes a str of them, of up to four times the size.
+_CHECK_SIZE = 4096
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
-def decode_text(payload: bytes) -> str:
-    """Decode text that has been checked; a long one in pieces, so that it costs little beyond the str itself."""
-    if len(payload) <= 2 * _DECODE_SIZE or payload.isascii():
-        return payload.decode()
-    decoder, view = _Utf8Decoder(), memoryview(payload)
-    return "".join([decoder.decode(view[at : at + _DECODE_SIZE]) for at in range(0, len(view), _DECODE_SIZE)])
+def _check_text(decoder: codecs.IncrementalDecoder, piece: bytes, ends: bool) -> None:
+    """Check a piece of a text; `ends`: it is the last. Raises `FrameError` 1007, as early as the bytes allow."""
+    cut = decoder.getstate()[0]
+    if piece.isascii() and not cut:
+        return
+    try:
+        for at in range(0, len(piece), _CHECK_SIZE):
+            decoder.decode(piece[at : at + _CHECK_SIZE])
+        if ends:
+            decoder.decode(b"", True)
+    except UnicodeDecodeError:
+        raise FrameError(1007, "text is not UTF-8") from None
+    cut = decoder.getstate()[0]
+    if cut[:1] == b"\xed" and cut[1:] >= b"\xa0":  # a surrogate; Python waits for its third byte
+        raise FrameError(1007, "text is not UTF-8")
 
 
 class FrameParser:
@@ -189,15 +198,11 @@ class FrameParser:
                         read_close(payload)
                         self._stop()  # what follows a close frame is not looked at
                         budget = 0
-                    events.append((opcode, payload, None))
+                    events.append((opcode, payload))
                 elif first & FIN and not self._opcode and not first & RSV1:
-                    if opcode == TEXT:
-                        try:
-                            events.append((TEXT, payload, payload.decode()))
-                        except UnicodeDecodeError:
-                            raise FrameError(1007, "text is not UTF-8") from None
-                    else:
-                        events.append((BINARY, payload, None))
+                    if opcode == TEXT and not payload.isascii():
+                        _check_text(_Utf8Decoder(), payload, True)
+                    events.append((opcode, payload))
                 else:
                     self._begin_frame(first, size)
                     self._take_payload(payload, True, events)
@@ -275,20 +280,14 @@ class FrameParser:
             piece = self._inflate_frame(piece, ends)
         if self._opcode == TEXT:
             if self._decoder is None:
-                self._decoder = _Utf8Decoder("strict")
-            try:
-                self._decoder.decode(piece, ends)
-            except UnicodeDecodeError:
-                raise FrameError(1007, "text is not UTF-8") from None
-            cut = self._decoder.getstate()[0]
-            if cut[:1] == b"\xed" and cut[1:] >= b"\xa0":  # a surrogate; Python waits for its third byte
-                raise FrameError(1007, "text is not UTF-8")
+                self._decoder = _Utf8Decoder()
+            _check_text(self._decoder, piece, ends)
         self._message += piece
         if ends:
             opcode, message = self._opcode, bytes(self._message)
             self._message = self._decoder = None
             self._opcode = self._wire = 0
-            events.append((opcode, message, None))
+            events.append((opcode, message))
 
     def _inflate_frame(self, frame: bytes, ends: bool) -> bytes:
         assert self._inflate is not None  # RSV1 is refused otherwise

@@ -60,6 +60,7 @@ class Wire(ABC):
         "_limits",
         "_outbox",
         "_pending",
+        "_raw",
         "_reader",
         "_reading",
         "_sock",
@@ -72,6 +73,8 @@ class Wire(ABC):
         """`sock` is gevent's socket or TLS socket; from here on nobody else uses it."""
         sock.settimeout(0.0)
         self._sock = sock
+        #: What is below gevent's plain socket, which adds nothing where nobody waits.
+        self._raw: Any = sock if hasattr(sock, "pending") else getattr(sock, "_sock", sock)
         self._hub = hub
         self._limits = limits
         self._turns = turns_of(hub)
@@ -126,7 +129,7 @@ class Wire(ABC):
             return
         try:
             try:
-                data = self._sock.recv(READ_SIZE)
+                data = self._raw.recv(READ_SIZE)
             except WOULD_BLOCK:
                 return
             except OSError as error:
@@ -151,7 +154,7 @@ class Wire(ABC):
         outbox = self._outbox
         if outbox is None:
             try:
-                sent = self._sock.send(data)
+                sent = self._raw.send(data)
             except WOULD_BLOCK:
                 sent = 0
             if sent == len(data):
@@ -180,7 +183,7 @@ class Wire(ABC):
             return
         try:
             try:
-                sent = self._sock.send(outbox.next_bytes())
+                sent = self._raw.send(outbox.next_bytes())
             except WOULD_BLOCK:
                 return
             except OSError as error:
@@ -227,6 +230,7 @@ class Wire(ABC):
         try:
             if reset:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self._raw = None
             self._sock.close()
         except OSError:
             pass  # nothing is left to close
