@@ -9,6 +9,8 @@ from collections.abc import Callable
 __all__ = ["MessageIds", "mid_time_ms"]
 
 _BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+#: How many ids there are before the count of 30 bits begins anew.
+_COUNT_END = 1 << 30
 _PAIRS = [high + low for high in _BASE32 for low in _BASE32]
 
 
@@ -30,28 +32,41 @@ def mid_time_ms(mid: str | None) -> int | None:
 class MessageIds:
     """Makes the relay's own ids of messages: ULIDs, which are unique, and in order within this process.
 
-    26 characters of Crockford's base 32: 48 bits of milliseconds since 1970, then 80 that begin at random in
-    each millisecond and count up within it. `clock` returns seconds since 1970.
+    26 characters of Crockford's base 32: 48 bits of milliseconds since 1970, 50 that this process has drawn at its
+    start, and 30 that begin at random and count up. `clock` returns seconds since 1970.
     """
 
-    __slots__ = ("_clock", "_count", "_head", "_random", "_time_ms")
+    __slots__ = ("_clock", "_count", "_epoch", "_epoch_digits", "_head", "_own", "_time_ms")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._random = random.Random(os.urandom(32))
+        drawn = random.Random(os.urandom(32))
+        self._own = _base32(drawn.getrandbits(50), 5)
+        self._count = drawn.getrandbits(29)
         self._time_ms = 0
         self._head = ""
-        self._count = 0
+        #: The upper part of the time, which changes every quarter of an hour, and its digits.
+        self._epoch, self._epoch_digits = -1, ""
 
     def next(self) -> tuple[str, int]:
         """Return a new id and its time in milliseconds since 1970; a clock set back does not undo the order."""
         now = int(self._clock() * 1000)
         if now > self._time_ms:
             self._time_ms = now
-            self._head = _base32(now, 5) + _base32(self._random.getrandbits(50), 5)
-            self._count = self._random.getrandbits(29)
-        else:
-            self._count += 1
-        count = self._count
-        mid = self._head + _PAIRS[count >> 20 & 1023] + _PAIRS[count >> 10 & 1023] + _PAIRS[count & 1023]
-        return mid, self._time_ms
+            if now >> 20 != self._epoch:
+                self._epoch = now >> 20
+                self._epoch_digits = _base32(self._epoch, 3)
+            self._head = self._epoch_digits + _PAIRS[now >> 10 & 1023] + _PAIRS[now & 1023] + self._own
+        self._count = count = self._count + 1
+        if count == _COUNT_END:
+            self._begin_anew()
+            count = 0
+        return self._head + _PAIRS[count >> 20] + _PAIRS[count >> 10 & 1023] + _PAIRS[count & 1023], self._time_ms
+
+    def _begin_anew(self) -> None:
+        """After a thousand million ids, go on in the next millisecond, so that they stay in order."""
+        self._count = 0
+        self._time_ms += 1
+        self._epoch = self._time_ms >> 20
+        self._epoch_digits = _base32(self._epoch, 3)
+        self._head = _base32(self._time_ms, 5) + self._own

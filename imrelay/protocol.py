@@ -68,7 +68,11 @@ class Plain:
 
     def encode(self, delivery: Delivery) -> Frame | None:
         """Return what is to be written for a delivery; None for a repeat of what this socket got already."""
-        return None if self._is_repeat(delivery) else self._unpack(delivery)
+        if self._is_repeat(delivery):
+            return None
+        if self._node_envelope or not delivery.body.isascii():
+            return self._unpack(delivery)
+        return delivery.body, delivery.binary
 
     def written(self, deliveries: Sequence[Delivery]) -> None:
         """Note that the browser's connection has taken what `encode` made of these."""

@@ -34,6 +34,8 @@ from imrelay.websocket import ConnectionClosed, WebSocket
 
 __all__ = ["Services", "Session", "State"]
 
+logger = logging.getLogger(__name__)
+
 #: Frames of one browser that are read but not yet answered; then its socket is not read.
 _MAX_OWED = 256
 #: Bytes that are written to a browser at once, before they are acknowledged to the broker.
@@ -76,7 +78,6 @@ class Session:
     __slots__ = (
         "_consumer",
         "_farewell",
-        "_log",
         "_mailbox",
         "_owed",
         "_paid",
@@ -96,7 +97,6 @@ class Session:
         self.state = State.CONNECTING
         self._services = services
         self._websocket: WebSocket | None = None
-        self._log = _Log(logging.getLogger(__name__), {"user": user})
         #: Answers that the browser has not got yet, and who waits for them to be fewer.
         self._owed = 0
         self._paid = Bell()
@@ -179,8 +179,13 @@ class Session:
             self._log.warning("a message stayed unacknowledged over ack_timeout")
             self.close(4408, "messages stayed unacknowledged over ack_timeout")
 
+    @property
+    def _log(self) -> _Log:
+        """Made when it is needed, which is twice in a session's life."""
+        return _Log(logger, {"user": self.user})
+
     def _set_state(self, state: State) -> None:
-        self._log.debug("%s -> %s", self.state.value, state.value)
+        logger.debug("session of %s: %s -> %s", ascii(self.user), self.state.value, state.value)
         self.state = state
 
     def _read(self, websocket: WebSocket) -> None:
@@ -193,19 +198,22 @@ class Session:
                 self._owed += 1
                 self._received += 1
                 try:
-                    self._handle(parse(payload, binary, self.user))
+                    frame = parse(payload, binary, self.user)
+                    if isinstance(frame, Submission):
+                        self._submit(frame)
+                    else:
+                        self._control(frame)
                 except AnswerableError as error:
                     self._mailbox.put(error_frame(error))
 
     def _pay(self, count: int) -> None:
         """Note that the browser has got answers, or needs none; called from anywhere."""
-        self._owed -= count
-        self._paid.ring()
+        owed = self._owed
+        self._owed = owed - count
+        if owed >= _MAX_OWED:  # else nobody waits
+            self._paid.ring()
 
-    def _handle(self, frame: Submission | ClientAck | ClientPing) -> None:
-        if isinstance(frame, Submission):
-            self._submit(frame)
-            return
+    def _control(self, frame: ClientAck | ClientPing) -> None:
         answer = self._protocol.control(frame)
         if answer is not None:
             self._mailbox.put(answer)

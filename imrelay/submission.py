@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from json.encoder import encode_basestring
@@ -127,15 +128,6 @@ def _integer(digits: str) -> int | _BigInteger:
 _careful = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_integer, object_pairs_hook=_object)
 
 
-def parse(payload: bytes, binary: bool, user: str) -> Submission | ClientAck | ClientPing:
-    """Read what the browser of `user` sent; the payload of a text frame is known to be UTF-8.
-
-    What has no `to` but an `ack` or a `ping` is no message but a frame of `imrelay.v1`. Raises `BadJson`,
-    `BadMessage` or `FromMismatch`, with the message's `id` where that could be read.
-    """
-    return _parse_quickly(payload, binary, user) or _parse_carefully(payload, binary, user)
-
-
 class _To:
     """Where `to.id` stands."""
 
@@ -178,47 +170,35 @@ def _note(place: type, value: Any) -> Any:
 
 
 _read = msgspec.json.Decoder(_Read, dec_hook=_note).decode
+#: As a named tuple makes itself, without the call in between.
+_new: Callable[..., Submission] = tuple.__new__
 
 
-def _parse_quickly(payload: bytes, binary: bool, user: str) -> Submission | ClientAck | None:
-    """Read a message in which there is nothing wrong and nothing unusual; None where it may be otherwise.
+def parse(payload: bytes, binary: bool, user: str) -> Submission | ClientAck | ClientPing:
+    """Read what the browser of `user` sent; the payload of a text frame is known to be UTF-8.
 
-    The decoder makes no objects of what the relay does not read, so a message costs no memory beside itself.
+    What has no `to` but an `ack` or a `ping` is no message but a frame of `imrelay.v1`. Raises `BadJson`,
+    `BadMessage` or `FromMismatch`, with the message's `id` where that could be read.
     """
     _noted.clear()
     try:
         read = _read(payload)
-        to = _noted.get(_To)
-        if (_has_many_brackets(payload) and _is_deep(payload)) or (binary and not is_utf8(payload)):
-            return None
+        is_short = len(payload) < _LONG
+        if not (is_short and payload.count(b"{") + payload.count(b"[") <= MAX_LEVELS) and _is_deep(payload):
+            return _parse_carefully(payload, binary, user)
+        to, sender, message_id = _noted.get(_To), _noted.get(_From), _noted.get(_Id)
         if to is None:
-            return ClientAck(read.ack) if type(read.ack) is int and not _noted else None
-        message_id = _noted.get(_Id)
-        if message_id is not None:
-            _check_message_id(message_id)
-        sender = _noted.get(_From)
-        if sender is None:
-            payload = _add_sender(payload, user)
-        elif sender != user:
-            return None
-        return Submission(_check_known_id(to if type(to) is str else str(to)), payload, binary, message_id)
+            if type(read.ack) is int and not _noted and not binary:
+                return ClientAck(read.ack)
+        elif (sender is None or sender == user) and not (binary and not is_utf8(payload)):
+            to = _check_known_id(to if type(to) is str else str(to))
+            if message_id is not None:
+                _check_message_id(message_id)
+            body = payload if sender is not None else _add_sender(payload, user)
+            return _new(Submission, (to, body, binary, message_id))
     except (msgspec.DecodeError, AnswerableError, BadId, RecursionError, ValueError):
-        return None
-
-
-def _has_many_brackets(payload: bytes) -> bool:
-    """Tell whether a message may be nested too deep; quicker for a long one than to count them all."""
-    if len(payload) < _LONG:
-        return payload.count(b"{") + payload.count(b"[") > MAX_LEVELS
-    found = 0
-    for bracket in (b"{", b"["):
-        at = payload.find(bracket)
-        while at >= 0:
-            found += 1
-            if found > MAX_LEVELS:
-                return True
-            at = payload.find(bracket, at + 1)
-    return False
+        pass
+    return _parse_carefully(payload, binary, user)
 
 
 #: What opens and closes is all one to the depth; between those and quotes nothing counts.
@@ -227,8 +207,23 @@ _NO_BRACKETS = bytes(set(range(256)) - set(b'"[]{}'))
 _BETWEEN_QUOTES = re.compile(rb'"[^"]*"')
 
 
+def _has_many_brackets(text: bytes) -> bool:
+    """Tell whether a text has over `MAX_LEVELS` that open; quicker for a long one than to count them all."""
+    found = 0
+    for bracket in (b"{", b"["):
+        at = text.find(bracket)
+        while at >= 0:
+            found += 1
+            if found > MAX_LEVELS:
+                return True
+            at = text.find(bracket, at + 1)
+    return False
+
+
 def _is_deep(text: bytes) -> bool:
     """Tell whether a JSON text is nested deeper than `MAX_LEVELS`: peel off one level after the other."""
+    if not _has_many_brackets(text):
+        return False
     bare = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(_BRACKETS, _NO_BRACKETS)
     bare = _BETWEEN_QUOTES.sub(b"", bare)
     for _ in range(MAX_LEVELS):

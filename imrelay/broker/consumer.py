@@ -111,12 +111,12 @@ class Consumer:
 
         Those of a channel that has gone are skipped: the broker delivers them again.
         """
-        channel = self._channel
-        tags = [delivery.tag for delivery in taken if delivery.channel is channel]
-        if channel is None or not tags:
+        channel, last = self._channel, taken[-1]
+        if channel is None or last.channel is not channel:
             return
-        if tags[0] >= self._ordered_from:
-            channel.ack(tags[-1], multiple=True, at_once=self._is_urgent(len(tags)))
+        first = taken[0] if taken[0].channel is channel else next(one for one in taken if one.channel is channel)
+        if first.tag >= self._ordered_from:
+            channel.ack(last.tag, multiple=True, at_once=self._is_urgent(len(taken)))
         else:
             self.ack_each(taken)
 

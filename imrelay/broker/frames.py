@@ -45,6 +45,8 @@ def _short(text: str) -> bytes:
     return bytes((len(octets),)) + octets
 
 
+_OCTETS = [bytes((number,)) for number in range(256)]
+
 #: The properties that a relay sets, and no others: content_type, delivery_mode, message_id, type, app_id.
 _OUR_FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 5 | 1 << 3
 _APP_ID = "imrelay"
@@ -292,13 +294,13 @@ class PublishTemplate:
 
     def encode_content(self, mid: str, binary: bool, body: bytes) -> bytes:
         """Return the header and body frames that follow. Raises `ValueError` for such a message id."""
-        size, after_mid, short_mid = len(body), self._after_mid[binary], _short(mid)
-        header_size = 12 + len(self._before_mid) + len(short_mid) + len(after_mid) - 1
+        size, octets, after_mid = len(body), mid.encode(), self._after_mid[binary]
+        size_of_mid = len(octets)
+        if size_of_mid > 255:
+            _short(mid)  # raises
+        header_size = 12 + len(self._before_mid) + size_of_mid + len(after_mid)
         header = _CONTENT_START.pack(_HEADER, self._channel, header_size, _BASIC << 16, size)
-        if 0 < size <= self._body_max:
-            start = _BODY_START.pack(_BODY, self._channel, size)
-            return b"".join((header, self._before_mid, short_mid, after_mid, start, body, b"\xce"))
-        pieces = [header, self._before_mid, short_mid, after_mid]
+        pieces = [header, self._before_mid, _OCTETS[size_of_mid], octets, after_mid]
         for at in range(0, size, self._body_max):
             part = body[at : at + self._body_max]
             pieces += (_BODY_START.pack(_BODY, self._channel, len(part)), part, b"\xce")

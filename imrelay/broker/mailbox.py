@@ -66,7 +66,8 @@ class Mailbox(Bell):
         """
         if not self._closed:
             self._items.append(delivery)
-            self.ring()
+            if self._waiting is not None:
+                self.ring()
 
     def close(self) -> None:
         """End it: the reader gets what is there and then an empty list. May be called from the hub."""

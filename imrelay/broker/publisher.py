@@ -317,13 +317,14 @@ class Publisher:
         while self._next_tag <= tag:
             publication = self._unconfirmed.pop(self._next_tag, None)
             self._next_tag += 1
-            if publication is not None:
+            if publication is None:
+                continue
+            if accepted and not self._detours:
+                self._finish(publication, None)
+            else:
                 self._settle(publication, accepted)
 
     def _settle(self, publication: Publication, accepted: bool) -> None:
-        if accepted and not self._detours:
-            self._finish(publication, None)
-            return
         detour = self._detours.get(publication.user)
         if detour is not None:
             detour.in_flight -= 1

@@ -16,6 +16,7 @@ from typing import Any
 
 import gevent
 import pika
+from pika import spec
 from pika.adapters.gevent_connection import GeventConnection, _GeventSelectorIOLoop
 from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport
 from pika.frame import decode_frame
@@ -40,12 +41,38 @@ _HEADER = 2
 _PROTOCOL_HEADER = ord("A")
 
 
+class _Line(list[Any]):
+    """A queue that takes no memory while it is empty, as a deque does."""
+
+    __slots__ = ()
+
+    def popleft(self) -> Any:
+        """Take the first."""
+        return self.pop(0)
+
+
+#: Consumer tags of pika's own consumers, of which there are none.
+_NOBODY: set[str] = set()
+
+
 class WireChannel(pika.channel.Channel):  # type: ignore[misc]
     """pika's channel with one road for deliveries and confirms; both are called in the hub and may not raise."""
 
     on_delivery: Callable[[Delivery], None] | None = None
     #: (delivery tag, multiple, whether it was a `basic.ack`)
     on_confirm: Callable[[int, bool, bool], None] | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        # There is a channel for each socket, so what pika reserves for calls that we do not make adds up.
+        self._blocked = _Line()
+        self._cancelled = self._consumers_with_noack = _NOBODY
+
+    def _add_callbacks(self) -> None:
+        """Have pika see to what a broker may send of its own accord; RabbitMQ sends no `channel.flow`."""
+        number, callbacks = self.channel_number, self.callbacks
+        callbacks.add(number, spec.Basic.Cancel, self._on_cancel, False)
+        callbacks.add(number, spec.Channel.Close, self._on_close_from_broker, True)
 
     def receive(self, what: Delivery | Confirm) -> bool:
         """Take what came the short way; tell whether anybody wanted it."""
@@ -120,12 +147,13 @@ class Wire(GeventConnection):  # type: ignore[misc]
         if transport is None:
             return
         if self._raw is not None and not transport.get_write_buffer_size():
-            # full, or lost: pika's own way of writing finds out which
-            with contextlib.suppress(OSError):
+            try:
                 sent = self._raw.send(data)
-                if sent == len(data):
-                    return
-                data = data[sent:]
+            except OSError:
+                sent = 0  # full, or lost: pika's own way of writing finds out which
+            if sent == len(data):
+                return
+            data = data[sent:]
         transport.write(data)
 
     def expect(self, *, at_once: bool) -> None:

@@ -9,7 +9,15 @@ from gevent import getcurrent
 
 from imrelay.websocket.conversation import Conversation, State
 from imrelay.websocket.errors import ConcurrentReceive, ConnectionClosed
-from imrelay.websocket.frames import BINARY, TEXT, encode_close, encode_frame, is_valid_close_code
+from imrelay.websocket.frames import (
+    BINARY,
+    SHORT_BINARY,
+    SHORT_TEXT,
+    TEXT,
+    encode_close,
+    encode_frame,
+    is_valid_close_code,
+)
 
 __all__ = ["WebSocket"]
 
@@ -43,20 +51,21 @@ class WebSocket(Conversation):
         """
         if not self._wait_for_messages():
             return None
-        opcode, payload = self._messages.pop(0)
+        payload, binary = self._messages.pop(0)
         self._took(len(payload))
-        return _decode(payload) if opcode == TEXT else payload
+        return payload if binary else _decode(payload)
 
     def receive_messages(self) -> list[tuple[bytes, bool]]:
         """As `receive`, but return all that has come, each as (payload, is binary); nothing after a close.
 
         The payload of a text is UTF-8.
         """
-        if not self._wait_for_messages():
+        if not self._messages and not self._wait_for_messages():
             return []
-        messages = [(payload, opcode == BINARY) for opcode, payload in self._messages]
-        self._messages.clear()
-        self._took(self._queued)
+        messages, self._messages = self._messages, []
+        self._queued = 0
+        if not self._reading:
+            self._took(0)
         return messages
 
     def _wait_for_messages(self) -> bool:
@@ -100,10 +109,15 @@ class WebSocket(Conversation):
 
         Blocks and raises as `send` does.
         """
-        if len(messages) == 1:
-            self._send(self._encode(*messages[0]))
-        elif messages:
-            self._send(b"".join([self._encode(payload, binary) for payload, binary in messages]))
+        pieces: list[bytes] = []
+        for payload, binary in messages:
+            size = len(payload)
+            if size < 126 and self._deflate is None:
+                pieces += ((SHORT_BINARY if binary else SHORT_TEXT)[size], payload)
+            else:
+                pieces.append(self._encode(payload, binary))
+        if pieces:
+            self._send(b"".join(pieces))
 
     def close(self, code: int = 1000, reason: str = "", *, wait: bool = True) -> None:
         """Close the socket, once; from any greenlet, and without `wait` from the hub too.

@@ -23,7 +23,7 @@ from imrelay.websocket.deflate import Deflate
 from imrelay.websocket.errors import FrameError
 from imrelay.websocket.frames import BINARY, CLOSE, PING, PONG, encode_close, encode_frame, read_close
 from imrelay.websocket.outbox import Write
-from imrelay.websocket.parser import Event, FrameParser
+from imrelay.websocket.parser import FrameParser
 from imrelay.websocket.sweeper import sweeper_of
 from imrelay.websocket.wire import Limits, Wire, resume
 
@@ -31,11 +31,10 @@ __all__ = ["Conversation", "State"]
 
 logger = logging.getLogger(__name__)
 
-#: Messages, and bytes of them, that wait for a busy application before the socket stops reading.
+#: Messages, and bytes of them, that wait for a busy application before the socket stops reading. So many frames
+#: are looked at in one turn of the hub, too: a flood of tiny ones lets the others have theirs.
 MAX_QUEUED_MESSAGES = 64
 MAX_QUEUED_BYTES = 65_536
-#: Frames looked at in one turn of the hub, so that a flood of tiny ones lets the others have theirs.
-FRAMES_PER_TURN = 128
 #: Seconds that an application gets to answer the messages before a close frame, before that is answered.
 LAST_WORDS = 1.0
 #: Bytes that show, at the deadline of a pong, that a large message keeps the peer from sending it.
@@ -99,7 +98,8 @@ class Conversation(Wire):
             max_size=limits.max_message_size, inflate=None if deflate is None else deflate.inflate
         )
         self._state = _OPEN
-        self._messages: list[Event] = []
+        #: Payload, and whether it is binary.
+        self._messages: list[tuple[bytes, bool]] = []
         self._queued = 0  # bytes in _messages
         self._receiver: Any = None
         self._closers: list[Any] | None = None
@@ -149,11 +149,10 @@ class Conversation(Wire):
         messages = self._messages
         parser = self._parser
         pongs = []
-        for event in parser.parse(data, min(FRAMES_PER_TURN, max(1, MAX_QUEUED_MESSAGES - len(messages)))):
-            opcode, payload = event
+        for opcode, payload in parser.parse(data, MAX_QUEUED_MESSAGES - len(messages) or 1):
             if opcode <= BINARY:
                 if self._state is _OPEN:
-                    messages.append(event)
+                    messages.append((payload, opcode == BINARY))
                     self._queued += len(payload)
             elif opcode == PING:
                 pongs.append(encode_frame(PONG, payload))
@@ -178,7 +177,8 @@ class Conversation(Wire):
                 self.due = monotonic() + LAST_WORDS
         if messages and self._receiver is not None:
             resume(self._receiver, self._hub)
-        self._read_on()
+        if not self._reading or parser.has_more or self._messages:
+            self._read_on()
 
     def _read_on(self) -> None:
         if self._state is _CLOSED or self._ending is not None:

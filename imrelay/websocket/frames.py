@@ -16,6 +16,8 @@ __all__ = [
     "PING",
     "PONG",
     "RSV1",
+    "SHORT_BINARY",
+    "SHORT_TEXT",
     "TEXT",
     "encode_close",
     "encode_frame",
@@ -40,8 +42,9 @@ MAX_CONTROL = 125
 #: RFC 6455 section 7.4 and the IANA registry: 1004 is reserved, 1005, 1006 and 1015 are never sent.
 _REGISTERED_CODES = frozenset((1000, 1001, 1002, 1003, *range(1007, 1015)))
 
-_SHORT_TEXT = tuple(bytes((FIN | TEXT, size)) for size in range(126))
-_SHORT_BINARY = tuple(bytes((FIN | BINARY, size)) for size in range(126))
+#: The heads of frames with a payload of so many bytes.
+SHORT_TEXT = tuple(bytes((FIN | TEXT, size)) for size in range(126))
+SHORT_BINARY = tuple(bytes((FIN | BINARY, size)) for size in range(126))
 
 
 def is_valid_close_code(code: int) -> bool:
@@ -64,9 +67,9 @@ def encode_frame(opcode: int, payload: bytes, rsv1: bool = False) -> bytes:
     size = len(payload)
     if size < 126 and not rsv1:
         if opcode == TEXT:
-            return _SHORT_TEXT[size] + payload
+            return SHORT_TEXT[size] + payload
         if opcode == BINARY:
-            return _SHORT_BINARY[size] + payload
+            return SHORT_BINARY[size] + payload
     return encode_head(opcode, size, rsv1) + payload
 
 
