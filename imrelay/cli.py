@@ -19,9 +19,10 @@ from gevent.event import Event
 
 from imrelay import __version__, log
 from imrelay.broker.private import PrivateBroker
-from imrelay.config import CONFIG_VARIABLE, Config, Setting, find_file, load, settings
+from imrelay.config import Config
 from imrelay.errors import ConfigError, ImrelayError, SetupError
 from imrelay.server import Server, inbox_keeper
+from imrelay.settings import CONFIG_VARIABLE, Setting, find_file, load, settings
 from imrelay.submission import check_id
 
 __all__ = ["main"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import gevent
 
-from imrelay.config import find_file, load
 from imrelay.server import Relay, broker_urls, handler_class
+from imrelay.settings import find_file, load
 from imrelay.web import Desk
 from imrelay.websocket import WebSocketHandler
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from imrelay.config import Config, Setting, find_file, hide_password, load, settings
+from imrelay.config import Config
 from imrelay.errors import ConfigError
+from imrelay.settings import Setting, find_file, hide_password, load, settings
 from tests.harness import plain_environment
 
 ROWS = {f"{row.section}.{row.key}": row for row in settings()}

@@ -15,6 +15,7 @@ FLOORS = (
     {"imrelay", "imrelay.errors"},
     {
         "imrelay.config",
+        "imrelay.settings",
         "imrelay.message",
         "imrelay.submission",
         "imrelay.mid",
@@ -235,6 +236,7 @@ def test_every_spelling_of_an_import_is_read(line: str, module: str, is_package:
         ("imrelay.broker.channel", "imrelay.broker.connection", True),
         ("imrelay.broker.channel", "imrelay.websocket.frames", False),
         ("imrelay.websocket", "imrelay.broker", False),
+        ("imrelay.settings", "imrelay.config", True),
         ("imrelay.config", "imrelay.broker.topology", False),
         ("imrelay.errors", "imrelay.config", False),
         ("imrelay.attic", "imrelay.errors", False),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imrelay.config import Setting, settings
+from imrelay.settings import Setting, settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

@@ -21,8 +21,8 @@ from gevent.event import Event
 from pika.exceptions import AMQPError, ChannelClosed, ConnectionClosed
 
 from imrelay.broker.wire import Wire, WireChannel
-from imrelay.config import hide_password
 from imrelay.errors import ChannelLost, SetupError
+from imrelay.settings import hide_password
 
 __all__ = ["Connection", "State", "describe"]
 
