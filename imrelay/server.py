@@ -13,9 +13,10 @@ from gevent.pywsgi import WSGIServer
 
 from imrelay.broker.connection import Connection
 from imrelay.broker.connection import State as ConnectionState
+from imrelay.broker.folder import running_url
 from imrelay.broker.inbox import InboxKeeper
 from imrelay.broker.pool import ConsumerPool
-from imrelay.broker.private import PrivateBroker, running_url
+from imrelay.broker.private import PrivateBroker
 from imrelay.broker.publisher import Publisher
 from imrelay.broker.topology import Topology
 from imrelay.config import Config

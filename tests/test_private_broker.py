@@ -20,8 +20,9 @@ import pika
 import pika.exceptions
 import pytest
 
-from imrelay.broker import child, installed, private
-from imrelay.broker.private import NodeState, PrivateBroker, running_url
+from imrelay.broker import child, installed
+from imrelay.broker.folder import running_url
+from imrelay.broker.private import NodeState, PrivateBroker
 from imrelay.errors import SetupError
 from tests.harness import Node, RelayProcess, eventually, plain_environment
 
@@ -373,10 +374,10 @@ def test_debians_wrapper_is_not_taken_for_rabbitmq(tmp_path: Path, monkeypatch: 
     fake_rabbitmq(tmp_path, "exit 1", name="rabbitmq-script-wrapper")
     (tmp_path / "rabbitmq-server").symlink_to(tmp_path / "rabbitmq-script-wrapper")
     with pytest.raises(SetupError, match="not installed"):
-        private.find_scripts()
+        installed.find_scripts()
     (tmp_path / "rabbitmq-server").unlink()
     fake_rabbitmq(tmp_path, "exit 1")
-    assert private.find_scripts() == tmp_path
+    assert installed.find_scripts() == tmp_path
 
 
 def fake_rabbitmq(folder: Path, body: str, *, name: str = "rabbitmq-server") -> None:

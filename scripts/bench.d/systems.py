@@ -22,7 +22,8 @@ import pika
 from accounts import family
 from wires import PlainWire, SocketIoWire, StompWire
 
-from imrelay.broker.private import PrivateBroker, find_scripts
+from imrelay.broker.installed import find_scripts
+from imrelay.broker.private import PrivateBroker
 
 __all__ = ["NAMES", "TITLES", "Broker", "Running", "System", "Unavailable", "make_systems", "versions"]
 
