@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import threading
 from contextlib import ExitStack
 
 import pytest
@@ -13,6 +11,7 @@ from tests.browser import Browser
 from tests.conftest import RelayFactory
 from tests.harness import VirtualHost, eventually
 from tests.proxy import Proxy
+from tests.tap import Method, MethodTap
 from tests.traffic import Traffic
 
 
@@ -94,42 +93,29 @@ def test_the_next_url_is_tried_when_one_is_down(relay: RelayFactory, broker_url:
         traffic.verdict()
 
 
-class _Attaching:
-    """Counts, from the AMQP frames that pass, the subscriptions that have been asked for and are not there yet."""
+class _Attaching(MethodTap):
+    """Counts the subscriptions that have been asked for and are not there yet."""
 
-    #: Class and method id: basic.consume; the queue.declare-ok that answers the last question of a subscription.
+    #: basic.consume; the queue.declare-ok that answers the last question of a subscription.
     CONSUME, DECLARED = (60, 20), (50, 11)
 
     def __init__(self) -> None:
+        super().__init__()
         self.attached = self.most = 0
         #: (connection, channel)
         self._asked: set[tuple[int, int]] = set()
-        self._rest: dict[tuple[int, bool], bytes] = {}
-        self._lock = threading.Lock()
 
-    def __call__(self, data: bytes, to_broker: bool, connection: int) -> None:
-        with self._lock:
-            if not data:
-                self._asked = {channel for channel in self._asked if channel[0] != connection}
-            key = (connection, to_broker)
-            data = self._rest.get(key, b"") + data
-            if data.startswith(b"AMQP"):
-                data = data[8:]
-            while len(data) >= 7:
-                kind, channel, size = struct.unpack(">BHI", data[:7])
-                if len(data) < size + 8:
-                    break
-                if kind == 1:
-                    self._count((connection, channel), struct.unpack(">HH", data[7:11]))
-                data = data[size + 8 :]
-            self._rest[key] = data
+    def on_end(self, connection: int) -> None:
+        """Count none of this connection any more."""
+        self._asked = {channel for channel in self._asked if channel[0] != connection}
 
-    def _count(self, channel: tuple[int, int], method: tuple[int, ...]) -> None:
+    def on_method(self, connection: int, channel: int, method: Method, to_broker: bool) -> None:
+        """Count a question or its answer."""
         if method == self.CONSUME:
-            self._asked.add(channel)
+            self._asked.add((connection, channel))
             self.most = max(self.most, len(self._asked))
-        elif method == self.DECLARED and channel in self._asked:
-            self._asked.remove(channel)
+        elif method == self.DECLARED and (connection, channel) in self._asked:
+            self._asked.remove((connection, channel))
             self.attached += 1
 
 
