@@ -78,10 +78,13 @@ Loop().
 """
 
 
-def eventually(look: Callable[[], Any], seconds: float = 10.0) -> Any:
+def eventually(
+    look: Callable[[], Any], seconds: float = 10.0, *, sleep: Callable[[float], object] = time.sleep
+) -> Any:
     """Look until the answer is true, and return it; fail after so many seconds with the last answer.
 
-    For what gives no event to wait for. An `AssertionError` of `look` counts as "not yet".
+    For what gives no event to wait for. An `AssertionError` of `look` counts as "not yet". Where greenlets of this
+    process have to get on with it, `sleep` is gevent's.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -92,7 +95,7 @@ def eventually(look: Callable[[], Any], seconds: float = 10.0) -> Any:
             answer = exc
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {seconds:g} s; the last answer was {answer!r}")
-        time.sleep(TICK)
+        sleep(TICK)
 
 
 def plain_environment(**more: str) -> dict[str, str]:
