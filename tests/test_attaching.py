@@ -1,0 +1,121 @@
+"""A socket that closes while it is being attached to its inbox leaves no channel, consumer or queue behind."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import gevent
+import pytest
+
+from imrelay.broker.connection import Connection
+from imrelay.broker.consumer import Consumer
+from imrelay.broker.mailbox import Delivery, Mailbox
+from imrelay.broker.pool import ConsumerPool
+from imrelay.broker.topology import Topology
+from imrelay.config import InboxConfig
+from tests.brokers import amqp
+from tests.harness import VirtualHost, eventually
+from tests.proxy import Proxy
+from tests.tap import Gate, Method
+
+#: Guard against hanging, in seconds; no measure of speed.
+PATIENCE = 20.0
+OPEN_OK, CONSUME_OK, DECLARE_OK = (20, 11), (60, 21), (50, 11)
+_numbers = itertools.count(1)
+
+
+class Socket:
+    """A user's mailbox and consumer."""
+
+    def __init__(self, pool: ConsumerPool, user: str) -> None:
+        self.mailbox = Mailbox()
+        self.consumer: Consumer = pool.consume(user, self.mailbox)
+
+    def wait_attached(self) -> None:
+        """Block until the broker delivers to it."""
+        assert self.consumer.wait_attached(PATIENCE)
+
+    def bodies(self) -> list[bytes]:
+        """Block until there is something, and return the bodies of all of it."""
+        return [item.body for item in self.mailbox.take() if isinstance(item, Delivery)]
+
+
+@pytest.fixture
+def user() -> str:
+    """An id that no other test has used."""
+    return f"user {next(_numbers)}"
+
+
+@pytest.fixture
+def gate() -> Gate:
+    """What holds up the broker's answers."""
+    return Gate()
+
+
+@pytest.fixture
+def pool(broker: VirtualHost, gate: Gate) -> Iterator[ConsumerPool]:
+    """A pool of this process's own, whose connection goes through the gate."""
+    with gevent.Timeout(PATIENCE * 3), Proxy(broker.url, tap=gate) as proxy:
+        made = ConsumerPool(
+            lambda name, on_state: Connection(lambda: [proxy.url], name=name, heartbeat=60, on_state=on_state),
+            Topology("direct_message", InboxConfig()),
+            prefetch=10,
+            channels_per_connection=100,
+        )
+        made.start()
+        try:
+            yield made
+        finally:
+            gate.let_pass()
+            made.stop()
+
+
+@pytest.mark.parametrize(
+    ("others", "method", "number"),
+    [
+        pytest.param(0, OPEN_OK, 1, id="its channel is opened"),
+        pytest.param(0, CONSUME_OK, 1, id="it is subscribed"),
+        pytest.param(0, DECLARE_OK, 1, id="the last answer"),
+        pytest.param(1, DECLARE_OK, 1, id="it learns that it is not alone"),
+        pytest.param(1, CONSUME_OK, 2, id="it is subscribed to its live queue"),
+    ],
+)
+def test_a_socket_that_closes_while_it_is_attached_leaves_nothing(
+    pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, others: int, method: Method, number: int
+) -> None:
+    """It closes while an answer to its subscription is under way, and takes nothing from its user's others."""
+    first = Socket(pool, user)
+    first.wait_attached()
+    sockets = [first] * others
+    if not others:
+        first.consumer.close()
+
+    def is_all_that_is_there() -> bool:
+        assert len(broker.channels()) == len(sockets)
+        queues = broker.queues()
+        assert queues[f"inbox.{user}"]["consumers"] == len(sockets)
+        assert len([name for name in queues if not name.startswith("inbox.")]) == max(0, len(sockets) - 1)
+        return True
+
+    eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
+    gate.hold(method, number)
+    hasty = Socket(pool, user)
+    assert gevent.get_hub().threadpool.apply(gate.holds.wait, (PATIENCE,))
+    assert not hasty.consumer.is_attached
+    hasty.consumer.close()
+    gate.let_pass()
+    eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
+    assert not hasty.consumer.is_attached
+
+    sockets.append(Socket(pool, user))
+    sockets[-1].wait_attached()
+    eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
+    with amqp(broker.url) as channel:
+        channel.basic_publish("direct_message", user, b"there", mandatory=True)
+    assert [socket.bodies() for socket in sockets] == [[b"there"]] * len(sockets)
+    assert not hasty.consumer.is_attached
+    for socket in sockets:
+        socket.consumer.close()
+    sockets.clear()
+    eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
