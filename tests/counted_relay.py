@@ -1,6 +1,7 @@
-"""A relay that can be asked what is alive in it: greenlets, sessions, descriptors.
+"""A relay that can be asked what is alive in it: greenlets, sessions, descriptors, threads, processes.
 
-Run as a program it is `imrelay`, and answers each line of its standard input with one line of JSON.
+Run as a program it is `imrelay`, answers each line of its standard input with one line of JSON, and says the same
+once more when it has stopped. `COUNTED_RABBITMQ` names a folder with a RabbitMQ to take for the installed one.
 """
 
 from __future__ import annotations
@@ -9,17 +10,20 @@ import gc
 import json
 import os
 import sys
+import threading
 from collections import Counter
+from pathlib import Path
 
 import gevent
 from gevent.fileobject import FileObject
 from greenlet import greenlet
 
+from imrelay.broker import installed
 from imrelay.cli import main
 
 
 def census() -> dict[str, dict[str, int]]:
-    """Count what is alive: greenlets by what they run, our own objects by class, descriptors by kind."""
+    """Count what is alive, by name: greenlets, threads, processes, classes of our own, kinds of descriptors."""
     gc.collect()
     everything = gc.get_objects()
     greenlets = (item for item in everything if isinstance(item, greenlet) and not item.dead)
@@ -28,6 +32,8 @@ def census() -> dict[str, dict[str, int]]:
         "greenlets": Counter(getattr(item, "name", type(item).__name__).partition(":")[0] for item in greenlets),
         "objects": Counter(kind.__name__ for kind in objects),
         "descriptors": Counter(filter(None, map(_kind, os.listdir("/proc/self/fd")))),
+        "threads": Counter(thread.name for thread in threading.enumerate() if not _is_gevents(thread)),
+        "processes": Counter(_children()),
     }
 
 
@@ -38,6 +44,17 @@ def _kind(descriptor: str) -> str:
         return ""  # the one that lists them
 
 
+def _is_gevents(thread: threading.Thread) -> bool:
+    """Tell whether a thread is one of gevent's pool, which are there for ever."""
+    return isinstance(thread, threading._DummyThread)
+
+
+def _children() -> list[str]:
+    """Return the names of the processes that this one has started and not yet waited for."""
+    found = Path("/proc/self/task").glob("*/children")
+    return [Path(f"/proc/{pid}/comm").read_text().strip() for path in found for pid in path.read_text().split()]
+
+
 def answer() -> None:
     """Answer questions until there are no more."""
     for _ in FileObject(sys.stdin.fileno(), "r"):
@@ -45,5 +62,10 @@ def answer() -> None:
 
 
 if __name__ == "__main__":
-    gevent.spawn(answer).name = "answer"
-    sys.exit(main())
+    if folder := os.environ.get("COUNTED_RABBITMQ"):
+        installed._PLACES = (folder,)
+    answering = gevent.spawn(answer)
+    answering.name = "answer"
+    status = main()
+    print(json.dumps(census()), flush=True)
+    sys.exit(status)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-__all__ = ["BrokerControl", "Node", "RelayProcess", "VirtualHost", "eventually", "plain_environment"]
+__all__ = ["BrokerControl", "Node", "RelayProcess", "VirtualHost", "eventually", "is_alive", "plain_environment"]
 
 #: Seconds between two looks at something that gives no event: a broker's lists, a log file.
 TICK = 0.02
@@ -104,6 +104,14 @@ def plain_environment(**more: str) -> dict[str, str]:
         key: value for key, value in os.environ.items() if not key.startswith(("IMRELAY_", "RABBITMQ_", "ERL_"))
     }
     return inherited | more
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process is there that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 class Node:

@@ -24,7 +24,7 @@ from imrelay.broker import child, installed
 from imrelay.broker.folder import running_url
 from imrelay.broker.private import NodeState, PrivateBroker
 from imrelay.errors import SetupError
-from tests.harness import Node, RelayProcess, eventually, plain_environment
+from tests.harness import Node, RelayProcess, eventually, is_alive, plain_environment
 
 PERSISTENT = pika.BasicProperties(delivery_mode=2)
 
@@ -59,14 +59,6 @@ def kept(url: str, queue: str) -> bytes | None:
     with contextlib.closing(connect(url)) as connection:
         body: bytes | None = connection.channel().basic_get(queue)[2]
         return body
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def read_pid(data_dir: Path, name: str) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,38 +11,12 @@ from typing import Any
 import pytest
 
 from tests.browser import Browser, in_background, wait_until_ready
-from tests.harness import RelayProcess, VirtualHost, eventually, plain_environment
+from tests.counted import CountedRelay
+from tests.harness import VirtualHost, eventually
 from tests.websocket_peer import Peer, handshake
 
-PROGRAM = Path(__file__).with_name("counted_relay.py")
 ROUNDS = 125
 USERS = [f"comes and goes {number}" for number in range(4)]
-
-
-class CountedRelay(RelayProcess):
-    """A relay that can be asked what is alive in it."""
-
-    def __init__(self, directory: Path, arguments: list[str]) -> None:
-        self.directory = directory
-        self.log_path = directory / "relay.log"
-        self.host, self.port, self.certificate = "", 0, ""
-        with self.log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM), *arguments],
-                cwd=directory,
-                env=plain_environment(),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
-
-    def census(self) -> dict[str, dict[str, int]]:
-        """Count greenlets, our own objects and descriptors."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(b"\n")
-        self.process.stdin.flush()
-        return dict(json.loads(self.process.stdout.readline()))
 
 
 @pytest.fixture
@@ -61,7 +32,6 @@ def host(broker_url: str, tmp_path: Path) -> Iterator[CountedRelay]:
         assert "Traceback" not in relay.log, relay.log
     finally:
         relay.kill()
-        relay.process.communicate()
 
 
 def come_and_go(host: Any, user: str, rounds: int) -> None:

@@ -19,7 +19,7 @@ import websocket
 
 from tests.browser import Browser, in_background
 from tests.conftest import RelayFactory
-from tests.harness import Node, RelayProcess, VirtualHost, eventually
+from tests.harness import Node, RelayProcess, VirtualHost, eventually, is_alive
 from tests.proxy import Proxy
 from tests.websocket_peer import CLOSE, PING, TEXT, Peer, close_frame, handshake
 
@@ -374,12 +374,4 @@ def test_a_stop_with_a_private_broker_keeps_what_waits(node: Node, relay: RelayF
         successor.wait_for_log("SIGINT: stopping")
         successor.process.send_signal(signal.SIGINT)
         assert successor.process.wait(60) == 128 + signal.SIGINT
-    eventually(lambda: not is_running(pid), 60)
-
-
-def is_running(pid: int) -> bool:
-    """Tell whether a process is there that has not ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    eventually(lambda: not is_alive(pid), 60)
