@@ -1,4 +1,4 @@
-"""The fixtures of all tests: one RabbitMQ a run, one virtual host a module, relays as processes."""
+"""The fixtures of all tests: a RabbitMQ a run, a virtual host or a WebSocket server a module, relay processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from imrelay.errors import SetupError
 from tests.harness import Node, RelayProcess, VirtualHost, plain_environment
+from tests.websocket_peer import Peer, Server, running_server
 
 #: What a relay of the tests is told where the test says nothing else.
 _DEFAULTS = {"server_host": "127.0.0.1", "server_port": "0", "server_drain_timeout": "5"}
@@ -108,3 +109,17 @@ def relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RelayFacto
         for process, _ in started:
             if process.process.poll() is None:
                 process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A WebSocket server of the module's own, with the settings that the module names in `SERVER`."""
+    with running_server(**getattr(request.module, "SERVER", {})) as made:
+        yield made
+
+
+@pytest.fixture
+def peer(server: Server) -> Iterator[Peer]:
+    """A socket that the module's WebSocket server echoes to."""
+    with Peer(server) as made:
+        yield made.open()

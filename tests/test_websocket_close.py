@@ -20,17 +20,8 @@ from tests.websocket_peer import (
     running_server,
 )
 
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server(close_timeout=0.5) as server:
-        yield server
-
-
-@pytest.fixture
-def peer(server):
-    with Peer(server) as peer:
-        yield peer.open()
+#: Settings of the server.
+SERVER = {"close_timeout": 0.5}
 
 
 VALID = [1000, 1001, 1002, 1003, *range(1007, 1015), 3000, 3999, 4000, 4999]
@@ -141,9 +132,7 @@ def test_our_close_carries_code_and_reason(server, code):
     with Peer(server) as peer:
         peer.open(f"/close?code={code}&reason=warum&name=ours{code}")
         peer.send(frame(TEXT, b"go"))
-        assert peer.read_close() == (code, "warum")
-        peer.send(close_frame(code))
-        peer.read_end()
+        assert peer.answer_close() == (code, "warum")
         assert server.await_report(f"end:ours{code}") == [code, "warum"]
 
 
@@ -206,9 +195,7 @@ def test_an_application_that_returns_closes_with_1000(server, path):
         peer.open(path)
         if path == "/go-away":
             peer.send(frame(TEXT, b"go"))
-        assert peer.read_close() == (1000, "")
-        peer.send(close_frame(1000))
-        peer.read_end()
+        assert peer.answer_close() == (1000, "")
 
 
 def test_an_application_that_fails_closes_with_1011(server):
@@ -216,9 +203,7 @@ def test_an_application_that_fails_closes_with_1011(server):
     with Peer(server) as peer:
         peer.open("/fail?name=fail")
         peer.send(frame(TEXT, b"go"))
-        assert peer.read_close() == (1011, "internal error")
-        peer.send(close_frame(1011))
-        peer.read_end()
+        assert peer.answer_close() == (1011, "internal error")
 
 
 def test_close_from_another_greenlet_wakes_the_receiver(server):
@@ -237,9 +222,7 @@ def test_wrong_calls_are_told_to_the_caller(server):
     with Peer(server) as peer:
         peer.open("/bad-calls?name=calls")
         assert json.loads(peer.read_message()) == ["ValueError", "ValueError", "TypeError", "UnicodeEncodeError"]
-        assert peer.read_close() == (4000, "ü" * 61)  # cut to 123 bytes, at a character
-        peer.send(close_frame(4000))
-        peer.read_end()
+        assert peer.answer_close() == (4000, "ü" * 61)  # cut to 123 bytes, at a character
         assert server.await_report("late:calls") == [4000, "ü" * 100]
 
 

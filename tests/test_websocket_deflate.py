@@ -28,10 +28,8 @@ def inflated(payload):
     return zlib.decompressobj(-15).decompress(payload + b"\x00\x00\xff\xff")
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running_server(permessage_deflate=True, max_message_size=100_000) as server:
-        yield server
+#: Settings of the server.
+SERVER = {"permessage_deflate": True, "max_message_size": 100_000}
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.websocket_peer import BINARY, CONTINUATION, PING, PONG, TEXT, Peer, frame, running_server
+from tests.websocket_peer import BINARY, CONTINUATION, PING, PONG, TEXT, Peer, frame
 
 #: Seconds that a bystander's echo may take.
 BOUND = 0.5
@@ -42,12 +42,6 @@ print("begun", flush=True)
 while True:
     sock.sendall(flood[int(sys.argv[2]):])
 """
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server() as server:
-        yield server
 
 
 @pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS.keys())

@@ -14,20 +14,10 @@ from tests.websocket_peer import (
     Peer,
     close_frame,
     frame,
-    running_server,
 )
 
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server(max_message_size=200_000) as server:
-        yield server
-
-
-@pytest.fixture
-def peer(server):
-    with Peer(server) as peer:
-        yield peer.open()
+#: Settings of the server.
+SERVER = {"max_message_size": 200_000}
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4, 5, 124, 125, 126, 127, 128, 65535, 65536, 200_000])

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.websocket_peer import KEY, TEXT, Peer, close_frame, frame, handshake, running_server
+from tests.websocket_peer import KEY, TEXT, Peer, close_frame, frame, handshake
 
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server(subprotocols=["imrelay.v1", "echo-protocol"]) as server:
-        yield server
+#: Settings of the server.
+SERVER = {"subprotocols": ["imrelay.v1", "echo-protocol"]}
 
 
 def ask(server, request):

@@ -6,11 +6,8 @@ import pytest
 
 from tests.websocket_peer import PATIENCE, Peer, handshake, running_server
 
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server(handshake_timeout=0.4) as server:
-        yield server
+#: Settings of the server.
+SERVER = {"handshake_timeout": 0.4}
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,8 @@ from tests.websocket_peer import PATIENCE, PING, PONG, TEXT, Peer, Server, close
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running_server(permessage_deflate=True, max_message_size=4 << 20, subprotocols=["a", "b"]) as server:
-        yield server
+#: Settings of the server.
+SERVER = {"permessage_deflate": True, "max_message_size": 4 << 20, "subprotocols": ["a", "b"]}
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +252,7 @@ def test_an_application_that_sends_to_nobody_is_no_error():
                 peer.open(f"{path}?name={path}")
                 peer.send(frame(TEXT, b"go"))
                 if path == "/fail":
-                    assert peer.read_close() == (1011, "internal error")
-                    peer.send(close_frame(1011))
-                    peer.read_end()
+                    assert peer.answer_close() == (1011, "internal error")
             server.await_report(f"end:{path}")
         server.get("/page")  # by then the end of the other connection is written down
         output = server.log()
@@ -291,9 +287,7 @@ def test_a_stopped_server_says_1001():
         with Peer(Server(process, int(process.stdout.readline()), "")) as peer:
             peer.open()
             peer.send(frame(TEXT, b"stop"))
-            assert peer.read_close() == (1001, "going away")
-            peer.send(close_frame(1001))
-            peer.read_end()
+            assert peer.answer_close() == (1001, "going away")
         assert process.wait(timeout=PATIENCE) == 0
     finally:
         process.kill()

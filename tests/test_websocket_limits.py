@@ -12,16 +12,8 @@ from tests.websocket_peer import BINARY, CONTINUATION, PING, TEXT, Peer, frame, 
 LIMIT = 10_000
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running_server(max_message_size=LIMIT, close_timeout=0.5) as server:
-        yield server
-
-
-@pytest.fixture
-def peer(server):
-    with Peer(server) as peer:
-        yield peer.open()
+#: Settings of the server.
+SERVER = {"max_message_size": LIMIT, "close_timeout": 0.5}
 
 
 def test_a_message_of_exactly_the_limit_passes(peer):

@@ -8,11 +8,8 @@ import pytest
 
 from tests.websocket_peer import CONTINUATION, PING, PONG, TEXT, Peer, close_frame, frame, running_server
 
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server(ping_interval=0.3, ping_timeout=0.4, close_timeout=0.5) as server:
-        yield server
+#: Settings of the server.
+SERVER = {"ping_interval": 0.3, "ping_timeout": 0.4, "close_timeout": 0.5}
 
 
 @pytest.fixture(scope="module")

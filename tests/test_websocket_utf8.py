@@ -4,20 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.websocket_peer import BINARY, CLOSE, CONTINUATION, TEXT, Peer, frame, running_server
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running_server() as server:
-        yield server
-
-
-@pytest.fixture
-def peer(server):
-    with Peer(server) as peer:
-        yield peer.open()
-
+from tests.websocket_peer import BINARY, CLOSE, CONTINUATION, TEXT, Peer, frame
 
 VALID = [
     "κόσμε",

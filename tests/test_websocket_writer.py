@@ -12,10 +12,8 @@ from tests.websocket_peer import BINARY, PING, PONG, TEXT, Peer, close_frame, fr
 HUGE = 32 << 20
 
 
-@pytest.fixture(scope="module")
-def server():
-    with running_server(max_send_buffer=1 << 20, send_timeout=0.5, close_timeout=0.5) as server:
-        yield server
+#: Settings of the server.
+SERVER = {"max_send_buffer": 1 << 20, "send_timeout": 0.5, "close_timeout": 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -197,6 +197,13 @@ class Peer:
         self.read_end()
         return reason
 
+    def answer_close(self) -> tuple[int | None, str]:
+        """Read a close frame, answer it with its code, expect the end of the stream; return code and reason."""
+        code, reason = self.read_close()
+        self.send(close_frame(code))
+        self.read_end()
+        return code, reason
+
     def assert_alive(self, text: str = "still here") -> None:
         """Expect an echo."""
         self.send(frame(TEXT, text.encode()))
