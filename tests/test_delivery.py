@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -14,6 +13,7 @@ import pika
 import pytest
 from websocket import ABNF
 
+from tests.brokers import amqp
 from tests.browser import Browser, in_background, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import RelayProcess, VirtualHost, eventually
@@ -28,18 +28,6 @@ _numbers = count(1)
 def user() -> str:
     """An id that no other test has used."""
     return f"recipient-{next(_numbers)}"
-
-
-@contextmanager
-def amqp(broker: VirtualHost) -> Iterator[Any]:
-    """A channel of an ordinary AMQP program, with publisher confirms."""
-    connection = pika.BlockingConnection(pika.URLParameters(broker.url))
-    try:
-        channel = connection.channel()
-        channel.confirm_delivery()
-        yield channel
-    finally:
-        connection.close()
 
 
 class Stream:
@@ -363,7 +351,7 @@ def test_an_ordinary_program_reaches_a_user(
     browser = Browser(host, user)
     if not here:
         browser.close()
-    with amqp(broker) as channel:
+    with amqp(broker.url) as channel:
         for body, properties, _ in FOREIGN.values():
             channel.basic_publish("direct_message", user, body, pika.BasicProperties(**properties), mandatory=True)
     if not here:
@@ -378,7 +366,7 @@ def test_an_ordinary_program_sees_what_the_relay_publishes(
     relay: RelayFactory, user: str, broker: VirtualHost
 ) -> None:
     """Body, `content_type`, `delivery_mode`, `message_id`, `type` and `app_id` are those of the AMQP contract."""
-    with amqp(broker) as channel:
+    with amqp(broker.url) as channel:
         for persistent, mode in ((True, 2), (False, 1)):
             host = relay(broker_persistent=persistent)
             wait_until_ready(host)
@@ -480,7 +468,7 @@ def test_an_exchange_of_other_making_locks_nobody_out(
     relay: RelayFactory, user: str, broker: VirtualHost, has_inbox: bool
 ) -> None:
     """Where another program has made `user.<id>` in its own way, the relay takes it as it is."""
-    with amqp(broker) as channel:
+    with amqp(broker.url) as channel:
         channel.exchange_declare(f"user.{user}", "fanout", durable=True, auto_delete=False)
         if has_inbox:
             channel.queue_declare(f"inbox.{user}", durable=True)
