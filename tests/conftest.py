@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 
 from imrelay.errors import SetupError
+from tests.gate import Gate
 from tests.harness import Node, RelayProcess, VirtualHost, plain_environment
 from tests.websocket_peer import Peer, Server, running_server
 
@@ -64,6 +65,13 @@ def broker_url(broker: VirtualHost) -> str:
 def broker_ctl(broker: VirtualHost) -> VirtualHost:
     """The administrator's view of the module's virtual host."""
     return broker
+
+
+@pytest.fixture
+def gate(broker_url: str) -> Iterator[Gate]:
+    """A way to the module's virtual host on which the broker's answers can be held up."""
+    with Gate(broker_url) as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""Looks into what passes a `Proxy`: the AMQP methods, to count them or to hold them up."""
+"""Looks into what passes a `Proxy`: the AMQP methods."""
 
 from __future__ import annotations
 
 import struct
 import threading
 
-__all__ = ["Gate", "Method", "MethodTap"]
+__all__ = ["Method", "MethodTap"]
 
 #: Class and method id (AMQP 0-9-1).
 Method = tuple[int, int]
@@ -40,39 +40,3 @@ class MethodTap:
 
     def on_end(self, connection: int) -> None:
         """See that one direction of a connection has ended."""
-
-
-class Gate(MethodTap):
-    """Holds up what comes from the broker, from a certain method on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        #: Set while it holds something up.
-        self.holds = threading.Event()
-        self._may_pass = threading.Event()
-        self._method: Method | None = None
-        self._left = 0
-
-    def hold(self, method: Method, number: int = 1) -> None:
-        """Hold up the next such method (or the one after so many), and what comes with it or behind it."""
-        self.holds.clear()
-        self._may_pass.clear()
-        self._left = number
-        self._method = method
-
-    def let_pass(self) -> None:
-        """Let pass what is held up, and all that comes."""
-        self._method = None
-        self._may_pass.set()
-
-    def __call__(self, data: bytes, to_broker: bool, connection: int) -> None:
-        super().__call__(data, to_broker, connection)
-        if not to_broker and self.holds.is_set():
-            self._may_pass.wait()
-
-    def on_method(self, connection: int, channel: int, method: Method, to_broker: bool) -> None:
-        """Close the gate at the method that is waited for."""
-        if not to_broker and method == self._method:
-            self._left -= 1
-            if not self._left:
-                self.holds.set()

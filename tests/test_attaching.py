@@ -15,9 +15,9 @@ from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.config import InboxConfig
 from tests.brokers import amqp
+from tests.gate import Gate
 from tests.harness import VirtualHost, eventually
-from tests.proxy import Proxy
-from tests.tap import Gate, Method
+from tests.tap import Method
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0
@@ -48,27 +48,18 @@ def user() -> str:
 
 
 @pytest.fixture
-def gate() -> Gate:
-    """What holds up the broker's answers."""
-    return Gate()
-
-
-@pytest.fixture
-def pool(broker: VirtualHost, gate: Gate) -> Iterator[ConsumerPool]:
+def pool(gate: Gate) -> Iterator[ConsumerPool]:
     """A pool of this process's own, whose connection goes through the gate."""
-    with gevent.Timeout(PATIENCE * 3), Proxy(broker.url, tap=gate) as proxy:
-        made = ConsumerPool(
-            lambda name, on_state: Connection(lambda: [proxy.url], name=name, heartbeat=60, on_state=on_state),
-            Topology("direct_message", InboxConfig()),
-            prefetch=10,
-            channels_per_connection=100,
-        )
-        made.start()
-        try:
-            yield made
-        finally:
-            gate.let_pass()
-            made.stop()
+    made = ConsumerPool(
+        lambda name, on_state: Connection(lambda: [gate.url], name=name, heartbeat=60, on_state=on_state),
+        Topology("direct_message", InboxConfig()),
+        prefetch=10,
+        channels_per_connection=100,
+    )
+    made.start()
+    with gevent.Timeout(PATIENCE * 3):
+        yield made
+    made.stop()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +92,7 @@ def test_a_socket_that_closes_while_it_is_attached_leaves_nothing(
     eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
     gate.hold(method, number)
     hasty = Socket(pool, user)
-    assert gevent.get_hub().threadpool.apply(gate.holds.wait, (PATIENCE,))
+    assert gate.wait_held(PATIENCE)
     assert not hasty.consumer.is_attached
     hasty.consumer.close()
     gate.let_pass()

@@ -11,9 +11,9 @@ from pika import spec
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
-from tests.harness import VirtualHost, eventually
-from tests.proxy import Proxy
-from tests.tap import Gate, Method
+from tests.gate import Gate
+from tests.harness import eventually
+from tests.tap import Method
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0
@@ -26,23 +26,14 @@ ANSWERS = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def gate() -> Gate:
-    """What holds up the broker's answers."""
-    return Gate()
-
-
-@pytest.fixture
-def connection(broker: VirtualHost, gate: Gate) -> Iterator[Connection]:
+def connection(gate: Gate) -> Iterator[Connection]:
     """A connection of this process's own, through the gate."""
-    with gevent.Timeout(PATIENCE * 2), Proxy(broker.url, tap=gate) as proxy:
-        made = Connection(lambda: [proxy.url], name="test", heartbeat=60)
-        made.start()
+    made = Connection(lambda: [gate.url], name="test", heartbeat=60)
+    made.start()
+    with gevent.Timeout(PATIENCE * 2):
         assert made.wait_open(PATIENCE)
-        try:
-            yield made
-        finally:
-            gate.let_pass()
-            made.close()
+        yield made
+    made.close()
 
 
 class Told:
@@ -87,7 +78,7 @@ def test_an_answer_that_comes_after_the_close_is_not_told(
     told = Told(connection)
     gate.hold(method)
     told.publish(key)
-    assert gevent.get_hub().threadpool.apply(gate.holds.wait, (PATIENCE,))
+    assert gate.wait_held(PATIENCE)
     told.channel.close()
     gate.let_pass()
     eventually(lambda: not connection.channels, PATIENCE, sleep=gevent.sleep)  # channel.close-ok came behind it
