@@ -207,9 +207,13 @@ class Consumer:
             ask,
         )
         if answers[-1].consumer_count > 1 or (before and answers[0].consumer_count > 0):
-            live = channel.call(topology.declare_live())[0].queue
-            self._live, self._was_live = live, True
-            channel.call(topology.bind_live(self.user, live), topology.consume_live(live))
+            # All in one, and the consumer before the binding: a live queue that never had a consumer would outlive
+            # its socket, whatever ends the channel meanwhile. Without a name it is the one declared last, and the
+            # last answer says that it has been bound.
+            self._live, self._was_live = "", True
+            self._live = channel.call(
+                topology.declare_live(), topology.consume_live(""), topology.bind_live(self.user, ""), ask
+            )[0].queue
 
     def _on_delivery(self, delivery: Delivery) -> None:
         """Take a delivery, in the hub."""
