@@ -14,7 +14,18 @@ import pytest
 import websocket as websocket_client
 from websockets.sync.client import connect
 
-from tests.websocket_peer import PATIENCE, PING, PONG, TEXT, Peer, Server, close_frame, frame, running_server
+from tests.websocket_peer import (
+    BINARY,
+    PATIENCE,
+    PING,
+    PONG,
+    TEXT,
+    Peer,
+    Server,
+    close_frame,
+    frame,
+    running_server,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,6 +96,15 @@ def test_tls(tls_server):
         for _ in range(300):
             assert peer.read_message() == "a"
         peer.expect_closed(1000)
+
+
+def test_tls_with_messages_that_the_kernel_takes_in_large_parts(tls_server):
+    """A message of several MiB arrives over TLS, however much of it the kernel takes before it has had enough."""
+    with Peer(tls_server) as peer:
+        peer.open()
+        for _ in range(5):
+            peer.send(frame(BINARY, b"x" * (4 << 20), mask=b"\0\0\0\0"))
+            assert len(peer.read_message()) == 4 << 20
 
 
 def test_tls_refusals_and_violations(tls_server):

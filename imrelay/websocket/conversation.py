@@ -149,7 +149,7 @@ class Conversation(Wire):
         messages = self._messages
         parser = self._parser
         pongs = []
-        for opcode, payload in parser.parse(data, MAX_QUEUED_MESSAGES - len(messages) or 1):
+        for opcode, payload in parser.parse(data, max(1, MAX_QUEUED_MESSAGES - len(messages))):
             if opcode <= BINARY:
                 if self._state is _OPEN:
                     messages.append((payload, opcode == BINARY))

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-__all__ = ["Outbox", "Write"]
+__all__ = ["MAX_WRITE", "Outbox", "Write"]
 
 #: Bytes given to the kernel in one call at most, so that one socket's turn stays short.
-_MAX_WRITE = 262_144
+MAX_WRITE = 262_144
 #: Small writes are joined up to about this many bytes.
 _JOIN = 65_536
 
@@ -106,7 +106,7 @@ class Outbox:
         if len(writes) == 1 or len(head) >= _JOIN:
             if writes[0] is self._pong:
                 self._pong = None
-            return head[:_MAX_WRITE]
+            return head[:MAX_WRITE]
         self._pong = None  # it may be among those that are joined
         joined = bytearray()
         for write in writes:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from gevent.hub import Hub
 
-from imrelay.websocket.outbox import Outbox, Write
+from imrelay.websocket.outbox import MAX_WRITE, Outbox, Write
 from imrelay.websocket.turns import turns_of
 
 __all__ = ["READ_SIZE", "WOULD_BLOCK", "Limits", "Wire", "resume"]
@@ -154,13 +154,16 @@ class Wire(ABC):
         outbox = self._outbox
         if outbox is None:
             try:
-                sent = self._raw.send(data)
+                # no more than `Outbox.next_bytes`: OpenSSL wants at least as many when it is asked again
+                sent = self._raw.send(data if len(data) <= MAX_WRITE else memoryview(data)[:MAX_WRITE])
             except WOULD_BLOCK:
                 sent = 0
             if sent == len(data):
                 return None
             limits = self._limits
-            outbox = Outbox(max_bytes=limits.max_send_buffer, timeout=limits.send_timeout, started=sent > 0)
+            # of what TLS did not take, it may have sent a part all the same
+            started = sent > 0 or self._pending is not None
+            outbox = Outbox(max_bytes=limits.max_send_buffer, timeout=limits.send_timeout, started=started)
             write = outbox.add(memoryview(data)[sent:], monotonic())
             self._outbox = outbox
             if self._writer is None:
