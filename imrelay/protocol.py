@@ -68,7 +68,8 @@ class Plain:
 
     def encode(self, delivery: Delivery) -> Frame | None:
         """Return what is to be written for a delivery; None for a repeat of what this socket got already."""
-        if self._is_repeat(delivery):
+        mid = delivery.mid
+        if mid is not None and self._memory.knows(mid, self._consumer) and delivery.may_repeat:
             return None
         if self._node_envelope or not delivery.body.isascii():
             return self._unpack(delivery)
@@ -85,10 +86,6 @@ class Plain:
     def is_overdue(self, timeout: float) -> bool:
         """Tell whether the browser has failed to acknowledge something for `timeout` seconds."""
         return False
-
-    def _is_repeat(self, delivery: Delivery) -> bool:
-        mid = delivery.mid
-        return mid is not None and self._memory.knows(mid, self._consumer) and delivery.may_repeat
 
     def _unpack(self, delivery: Delivery) -> Frame:
         """Return the message in an AMQP body (PROTOCOL section 6)."""
@@ -143,8 +140,9 @@ class V1(Plain):
 
     def encode(self, delivery: Delivery) -> Frame | None:
         """Return the numbered frame for a delivery; None for a repeat."""
-        if self._is_repeat(delivery):
-            sent = self._by_mid.get(delivery.mid or "")
+        mid = delivery.mid
+        if mid is not None and self._memory.knows(mid, self._consumer) and delivery.may_repeat:
+            sent = self._by_mid.get(mid)
             if sent is not None:
                 stale, sent.delivery = sent.delivery, delivery
                 self._consumer.ack_each([stale])  # of this channel still, it takes one place of the prefetch

@@ -271,7 +271,7 @@ class PublishTemplate:
     `body_max` is the largest payload of a body frame on this connection.
     """
 
-    __slots__ = ("_after_mid", "_before_key", "_before_mid", "_body_max", "_channel")
+    __slots__ = ("_after_mid", "_around_mid", "_before_key", "_before_mid", "_body_max", "_channel")
 
     def __init__(self, channel: int, exchange: str, *, persistent: bool, body_max: int) -> None:
         self._channel = channel
@@ -281,6 +281,10 @@ class PublishTemplate:
         self._after_mid = {
             binary: _short("binary" if binary else "text") + _short(_APP_ID) + bytes((_END,))
             for binary in (False, True)
+        }
+        #: Size of a header's payload without the message id itself.
+        self._around_mid = {
+            binary: 12 + len(self._before_mid) + len(after_mid) for binary, after_mid in self._after_mid.items()
         }
 
     def encode_method(self, key: str) -> bytes:
@@ -294,12 +298,18 @@ class PublishTemplate:
 
     def encode_content(self, mid: str, binary: bool, body: bytes) -> bytes:
         """Return the header and body frames that follow. Raises `ValueError` for such a message id."""
-        size, octets, after_mid = len(body), mid.encode(), self._after_mid[binary]
+        size, octets, before_mid, after_mid = len(body), mid.encode(), self._before_mid, self._after_mid[binary]
         size_of_mid = len(octets)
         if size_of_mid > 255:
             _short(mid)  # raises
-        header_size = 12 + len(self._before_mid) + size_of_mid + len(after_mid)
+        header_size = self._around_mid[binary] + size_of_mid
         header = _CONTENT_START.pack(_HEADER, self._channel, header_size, _BASIC << 16, size)
+        if 0 < size <= self._body_max:
+            body_start = _BODY_START.pack(_BODY, self._channel, size)
+            before_mid = self._before_mid
+            return b"".join(
+                (header, before_mid, _OCTETS[size_of_mid], octets, after_mid, body_start, body, b"\xce")
+            )
         pieces = [header, self._before_mid, _OCTETS[size_of_mid], octets, after_mid]
         for at in range(0, size, self._body_max):
             part = body[at : at + self._body_max]

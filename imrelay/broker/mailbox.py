@@ -66,7 +66,7 @@ class Mailbox(Bell):
         """
         if not self._closed:
             self._items.append(delivery)
-            if self._waiting is not None:
+            if self._waiting is not None and not self._is_rung:
                 self.ring()
 
     def close(self) -> None:

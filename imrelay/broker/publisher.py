@@ -170,8 +170,9 @@ class Publisher:
             raise BrokerUnavailable("the relay is stopping; this message was not accepted")
         publication.deadline = time.monotonic() + self._timeout
         self._pending[publication.mid] = publication
+        if not self._queue:  # else it has been rung, or waits for something else
+            self._bell.ring()
         self._queue.append(publication)
-        self._bell.ring()
 
     def _wait_for_room(self) -> None:
         """Block until it is this greenlet's turn and there is room."""

@@ -21,7 +21,7 @@ from pika.adapters.gevent_connection import GeventConnection, _GeventSelectorIOL
 from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport
 from pika.frame import decode_frame
 
-from imrelay.broker.frames import Confirm, Delivery, read_header, take
+from imrelay.broker.frames import Delivery, read_header, take
 
 __all__ = ["Wire", "WireChannel"]
 
@@ -73,18 +73,6 @@ class WireChannel(pika.channel.Channel):  # type: ignore[misc]
         number, callbacks = self.channel_number, self.callbacks
         callbacks.add(number, spec.Basic.Cancel, self._on_cancel, False)
         callbacks.add(number, spec.Channel.Close, self._on_close_from_broker, True)
-
-    def receive(self, what: Delivery | Confirm) -> bool:
-        """Take what came the short way; tell whether anybody wanted it."""
-        if isinstance(what, Delivery):
-            if self.on_delivery is None:
-                return False
-            self.on_delivery(what)
-        else:
-            if self.on_confirm is None:
-                return False
-            self.on_confirm(what.tag, what.multiple, True)
-        return True
 
     def _on_deliver(self, method_frame: Any, header_frame: Any, body: bytes) -> None:
         """Take a delivery that pika has put together: a large one, or one of a rare shape."""
@@ -224,8 +212,16 @@ class Wire(GeventConnection):  # type: ignore[misc]
                     if what is None:
                         break
                     channel = self._channels.get(number)
-                    if channel is not None and channel.receive(what):
+                    if channel is None:
+                        pass
+                    elif isinstance(what, Delivery):
+                        if channel.on_delivery is not None:
+                            at = after
+                            channel.on_delivery(what)
+                            continue
+                    elif channel.on_confirm is not None:
                         at = after
+                        channel.on_confirm(what.tag, what.multiple, True)
                         continue
                 after = _frame_end(buffer, at)
                 if after > end:
