@@ -203,7 +203,7 @@ class Server:
         relay.start()
         self._wsgi = WSGIServer(
             listener,
-            relay.desk,
+            relay.desk.__call__,  # as a method: calling the object would take half a KiB of stack for each socket
             handler_class=handler_class(self._config, lambda: relay.desk),
             log=None,
             error_log=logging.getLogger("imrelay.wsgi"),

@@ -49,6 +49,10 @@ class Gate(MethodTap):
         self._method = None
         self._may_pass.set()
 
+    def reset(self) -> None:
+        """End every connection; new ones are taken."""
+        self._proxy.reset()
+
     def __call__(self, data: bytes, to_broker: bool, connection: int) -> None:
         super().__call__(data, to_broker, connection)
         if not to_broker and self.holds.is_set():

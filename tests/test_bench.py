@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import re
+import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from websocket import create_connection
+
+from tests.harness import eventually, plain_environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "bench.d"))
 
 from load import Loop, Meter, Pair, closed_loop, connect, probe
 from measure import MEASUREMENTS
 from report import TARGETS, Results, table, verdicts
+from rooms import parse as parse_profile
+from rooms import table as profile_table
 from wires import PING, PlainWire, SocketIoWire, StompWire, parse_frame, server_frame
 
 #: Changes the list of payloads that are due to the receiver; called for each message, probes left out.
@@ -199,3 +208,58 @@ def test_the_table_prints_medians_ratios_and_verdicts() -> None:
 def test_each_target_is_of_a_measurement() -> None:
     """No figure to reach names a measurement that there is not."""
     assert {target.measurement for target in TARGETS} <= set(MEASUREMENTS)
+
+
+def test_a_profile_says_which_room_takes_how_much() -> None:
+    """Rooms in descending order, in percent and microseconds, the small ones together; or functions."""
+    samples = {"imrelay.a": 600, "imrelay.a:f": 350, "imrelay.a:g": 250, "gevent": 397, "gevent:h": 397, "pika": 3}
+    assert profile_table("5 pairs", {"relay_us": 50.0}, samples, False).splitlines() == [
+        "5 pairs: 50.0 us of CPU per message, 1000 samples",
+        "   60.0%   30.0 us  imrelay.a",
+        "   39.7%   19.9 us  gevent",
+        "    0.3%    0.1 us  all others",
+    ]
+    assert "35.0%   17.5 us  imrelay.a:f" in profile_table("5 pairs", {"relay_us": 50.0}, samples, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--only=window2"], "window2 is not one of"), (["--tree=/nowhere"], "/nowhere has no")],
+)
+def test_a_profile_of_nothing_is_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be profiled is said in one line, with exit status 2."""
+    with pytest.raises(SystemExit) as ended:
+        parse_profile(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_relay_samples_itself(broker_url: str, tmp_path: Path) -> None:
+    """At its end the relay of a profile has written where its CPU time went, and has ended as it always does."""
+    found = tmp_path / "samples"
+    program = Path(__file__).resolve().parent.parent / "scripts" / "bench.d" / "sampled_relay.py"
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, str(program), "serve", f"--broker-url={broker_url}", "--server-port=0"],
+            env=plain_environment(SAMPLES=str(found)),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        port = eventually(lambda: re.search(r"listening on http://127.0.0.1:(\d+)", log.read_text()), 30)[1]
+        process.send_signal(signal.SIGUSR1)
+        client = create_connection(f"ws://127.0.0.1:{port}/me", timeout=30)
+        message = '{"to":{"id":"me"}}'
+        for _ in range(2000):
+            client.send(message)
+            client.recv()
+        client.close()
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+    samples = json.loads(found.read_text())
+    assert any(name.startswith("imrelay.websocket.") for name in samples)
+    assert any(name.startswith("imrelay.broker.") for name in samples)

@@ -37,6 +37,9 @@ _REPLIES: dict[type[Method], type[Method]] = {
     spec.Queue.Purge: spec.Queue.PurgeOk,
 }
 
+#: Stands where no answer is awaited: there is a channel for each socket.
+_NO_REPLIES: list[Method] = []
+
 
 class Channel:
     """One AMQP channel, owned by one greenlet; what is called from the hub says so.
@@ -60,14 +63,13 @@ class Channel:
         self.lost: ChannelLost | None = None
         self._connection = connection
         self._on_lost = on_lost
-        self._replies: list[Method] = []
+        self._replies = _NO_REPLIES
         self._awaited: AsyncResult | None = None
         self._pika = connection.open_channel()
         connection.channels += 1
         self._pika.on_delivery = on_delivery
+        self._pika.on_cancel = on_cancel
         self._pika.add_on_close_callback(self._on_close)
-        if on_cancel is not None:
-            self._pika.add_on_cancel_callback(lambda frame: on_cancel())
 
     def call(self, *methods: Method) -> list[Method]:
         """Send the methods and block until the broker has answered each that is not `nowait`.
@@ -97,6 +99,7 @@ class Channel:
             raise self.lost or ChannelLost(describe(exc)) from exc
         finally:
             self._awaited = None
+            self._replies = _NO_REPLIES
 
     def send(self, method: Method) -> None:
         """Send a method that has no answer; does nothing on a lost channel. May be called from the hub."""
@@ -162,8 +165,8 @@ class Channel:
             self._end(ChannelLost("closed"))
 
     def _on_reply(self, frame: Any) -> None:
-        self._replies.append(frame.method)
         if self._awaited is not None:
+            self._replies.append(frame.method)
             self._awaited.set()
 
     def _on_close(self, channel: PikaChannel, reason: Exception) -> None:

@@ -18,20 +18,18 @@ from collections import deque
 from collections.abc import Callable
 
 import gevent
-from gevent.event import Event
 from gevent.lock import Semaphore
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
 from imrelay.broker.frames import PublishTemplate
+from imrelay.broker.ledger import Ledger
 from imrelay.broker.mailbox import Bell
 from imrelay.broker.opening import inbox_exists, offer, open_inbox
 from imrelay.broker.publication import Publication
 from imrelay.broker.topology import Topology
 from imrelay.errors import (
-    AnswerableError,
     BadMessage,
-    BrokerUnavailable,
     ChannelLost,
     InboxFull,
     RecipientUnknown,
@@ -93,17 +91,11 @@ class Publisher:
     ) -> None:
         self._connection = new_connection("publish", self._on_state)
         self._topology = topology
-        self._timeout = timeout
         self._persistent = persistent
         self._create_unknown = create_unknown
         self._on_exchange_lost = on_exchange_lost
         self._exchange_is_lost = False
-        self._queue_size = queue_size
-        #: Greenlets that wait for room, and what wakes them.
-        self._waiting = 0
-        self._room = Semaphore(0)
-        #: All that is not answered, by message id, in the order of acceptance.
-        self._pending: dict[str, Publication] = {}
+        self._ledger = Ledger(queue_size, timeout)
         self._queue: deque[Publication] = deque()
         #: By delivery tag; all below `_next_tag` are confirmed.
         self._unconfirmed: dict[int, Publication] = {}
@@ -119,7 +111,6 @@ class Publisher:
         self._template: PublishTemplate | None = None
         self._tag = 0
         self._bell = Bell()
-        self._idle: Event | None = None
         self._stopped = False
         self._greenlets: list[gevent.Greenlet] = []
 
@@ -133,19 +124,13 @@ class Publisher:
 
     def flush(self, timeout: float) -> int:
         """Block until every message has been answered, or for `timeout` seconds; return how many were not."""
-        if self._pending:
-            self._idle = Event()
-            self._idle.wait(timeout)
-        return len(self._pending)
+        return self._ledger.wait_empty(timeout)
 
     def stop(self) -> None:
         """End it; what is still waiting is answered with `BrokerUnavailable`."""
         self._stopped = True
         self._bell.ring()
-        for publication in list(self._pending.values()):
-            self._finish(publication, BrokerUnavailable("the relay is stopping; this message was not confirmed"))
-        for _ in range(self._waiting):
-            self._room.release()
+        self._ledger.close()
         self._connection.close()
         gevent.joinall(self._greenlets, timeout=2)
 
@@ -164,28 +149,10 @@ class Publisher:
 
         Raises `BrokerUnavailable` when there was no room within the time limit, or the publisher was stopped.
         """
-        if self._waiting or len(self._pending) >= self._queue_size:
-            self._wait_for_room()
-        if self._stopped:
-            raise BrokerUnavailable("the relay is stopping; this message was not accepted")
-        publication.deadline = time.monotonic() + self._timeout
-        self._pending[publication.mid] = publication
+        self._ledger.add(publication)
         if not self._queue:  # else it has been rung, or waits for something else
             self._bell.ring()
         self._queue.append(publication)
-
-    def _wait_for_room(self) -> None:
-        """Block until it is this greenlet's turn and there is room."""
-        self._waiting += 1
-        try:
-            with gevent.Timeout(self._timeout, False):
-                self._room.acquire()
-                while len(self._pending) >= self._queue_size and not self._stopped:
-                    self._room.acquire()
-                return
-        finally:
-            self._waiting -= 1
-        raise BrokerUnavailable("too many messages wait for the broker; this one was not accepted")
 
     def _on_state(self, state: State) -> None:
         self._bell.ring()
@@ -222,7 +189,7 @@ class Publisher:
         self._detours.clear()
         self._reached.clear()  # on another node the way to an inbox is another one
         self._reached_before.clear()
-        self._queue = deque(self._pending.values())
+        self._queue = deque(self._ledger)
         for publication in self._queue:
             publication.returned = False
         if self._queue:
@@ -260,7 +227,7 @@ class Publisher:
                 content = encode(publication.mid, publication.binary, publication.body)
             except ValueError:  # AMQP has no room for it: that one must not end the publisher of all
                 logger.exception("message %s cannot be published", publication.mid)
-                self._finish(publication, BadMessage("this message cannot be published"))
+                self._ledger.answer(publication, BadMessage("this message cannot be published"))
                 self._settle(publication, accepted=True)  # nothing of it is under way any more
                 continue
             frames += (method, content)
@@ -269,7 +236,7 @@ class Publisher:
             if publication.message_id is not None:
                 self._awaited_tag = self._tag
         if frames:
-            is_awaited = self._awaited_tag in unconfirmed or 2 * len(self._pending) > self._queue_size
+            is_awaited = self._awaited_tag in unconfirmed or self._ledger.is_filling
             channel.publish(b"".join(frames), at_once=is_awaited or bool(detours))
 
     def _find_way(self, user: str) -> bytes:
@@ -297,7 +264,7 @@ class Publisher:
 
     def _on_return(self, mid: str | None) -> None:
         """A message came back: its user has no inbox (`basic.return`); its `basic.ack` follows. In the hub."""
-        publication = self._pending.get(mid or "")
+        publication = self._ledger.find(mid or "")
         if publication is None:
             return
         publication.returned = True
@@ -321,7 +288,7 @@ class Publisher:
             if publication is None:
                 continue
             if accepted and not self._detours:
-                self._finish(publication, None)
+                self._ledger.answer(publication, None)
             else:
                 self._settle(publication, accepted)
 
@@ -337,12 +304,12 @@ class Publisher:
         if not accepted:
             self._refuse(publication)
         elif not publication.returned:
-            self._finish(publication, None)
+            self._ledger.answer(publication, None)
         if detour is not None and not detour.in_flight:
             self._end_detour(publication.user, detour)
 
     def _refuse(self, publication: Publication) -> None:
-        self._finish(publication, InboxFull("the recipient's inbox is full; try again later"))
+        self._ledger.answer(publication, InboxFull("the recipient's inbox is full; try again later"))
 
     def _run_offers(self, publication: Publication, detour: _Detour) -> None:
         """Find out whether an inbox that has refused a message is full, or had no leader at that moment.
@@ -365,7 +332,7 @@ class Publisher:
             if accepted:
                 break
         if accepted:
-            self._finish(publication, None)
+            self._ledger.answer(publication, None)
         if self._detours.get(publication.user) is not detour:  # the channel was lost, and all is queued again
             return
         if accepted:
@@ -403,7 +370,7 @@ class Publisher:
                 self._remember(user, self._prepared.encode_method(user))
             else:
                 for publication in detour.returned:
-                    self._finish(publication, RecipientUnknown("nobody with this id was ever here"))
+                    self._ledger.answer(publication, RecipientUnknown("nobody with this id was ever here"))
         except ChannelLost as exc:
             logger.warning("the inbox of %s could not be opened: %s", ascii(user), exc)
             gevent.sleep(_REFUSED_PAUSE)
@@ -427,33 +394,11 @@ class Publisher:
             self._reached.clear()
         self._reached[user] = method
 
-    def _finish(self, publication: Publication, error: AnswerableError | None) -> None:
-        if publication.done:
-            return
-        publication.done = True
-        del self._pending[publication.mid]
-        if self._waiting:
-            self._room.release()
-        if self._idle is not None and not self._pending:
-            self._idle.set()
-        publication.on_done(publication, error)
-
     def _run_deadlines(self) -> None:
         """Answer what the broker did not confirm in time; deadlines are in the order of acceptance."""
         while not self._stopped:
             gevent.sleep(_SWEEP)
-            now = time.monotonic()
-            late = []
-            for publication in self._pending.values():
-                if publication.deadline > now:
-                    break
-                late.append(publication)
-            for publication in late:
-                self._finish(
-                    publication,
-                    BrokerUnavailable(f"the broker did not confirm this message within {self._timeout:g} seconds"),
-                )
-            if late:  # while the broker is away, what has been answered must not pile up
+            if self._ledger.expire():  # while the broker is away, what has been answered must not pile up
                 self._queue = deque(publication for publication in self._queue if not publication.done)
                 for detour in self._detours.values():
                     detour.waiting = deque(publication for publication in detour.waiting if not publication.done)

@@ -56,9 +56,10 @@ _NOBODY: set[str] = set()
 
 
 class WireChannel(pika.channel.Channel):  # type: ignore[misc]
-    """pika's channel with one road for deliveries and confirms; both are called in the hub and may not raise."""
+    """pika's channel with one road for deliveries, confirms and cancels; called in the hub, they may not raise."""
 
     on_delivery: Callable[[Delivery], None] | None = None
+    on_cancel: Callable[[], None] | None = None
     #: (delivery tag, multiple, whether it was a `basic.ack`)
     on_confirm: Callable[[int, bool, bool], None] | None = None
 
@@ -74,6 +75,12 @@ class WireChannel(pika.channel.Channel):  # type: ignore[misc]
         callbacks.add(number, spec.Basic.Cancel, self._on_cancel, False)
         callbacks.add(number, spec.Channel.Close, self._on_close_from_broker, True)
 
+    def _on_cancel(self, method_frame: Any) -> None:
+        """Take a `basic.cancel` of the broker's."""
+        super()._on_cancel(method_frame)
+        if self.on_cancel is not None:
+            self.on_cancel()
+
     def _on_deliver(self, method_frame: Any, header_frame: Any, body: bytes) -> None:
         """Take a delivery that pika has put together: a large one, or one of a rare shape."""
         if self.on_delivery is not None:
@@ -87,11 +94,12 @@ class Wire(GeventConnection):  # type: ignore[misc]
         self._unsent: list[bytes] = []
         self._flush_is_due = False
         self._hub = gevent.get_hub()
-        self._later = self._hub.loop.timer(_LATER)
+        # Begun by `again` and stopped when they fire: one without `repeat` fires at once when it is started anew.
+        self._later = self._hub.loop.timer(_LATER, _LATER)
         self._frame_buffer = b""
         #: Whether the kernel keeps quiet about what has come, up to `_PLENTY`, until the timer looks.
         self._is_patient = False
-        self._patience = self._hub.loop.timer(_LATER)
+        self._patience = self._hub.loop.timer(_LATER, _LATER)
         self._raw: Any = None
         super().__init__(parameters, custom_ioloop=_ioloop(), **callbacks)
 
@@ -116,7 +124,7 @@ class Wire(GeventConnection):  # type: ignore[misc]
         """Send complete frames with the next that are sent, or after `_LATER`. May be called from the hub."""
         self._unsent.append(frames)
         if not self._flush_is_due and not self._later.active:
-            self._later.start(self.flush)
+            self._later.again(self.flush)
 
     def _adapter_emit_data(self, data: bytes) -> None:
         self.emit(data)
@@ -154,7 +162,7 @@ class Wire(GeventConnection):  # type: ignore[misc]
                 self._set_patience(False)
         elif not self._is_patient and self._raw is not None:
             self._set_patience(True)
-            self._patience.start(self._on_patience_end)
+            self._patience.again(self._on_patience_end)
 
     def _set_patience(self, is_patient: bool) -> None:
         self._is_patient = is_patient
@@ -162,6 +170,7 @@ class Wire(GeventConnection):  # type: ignore[misc]
             self._raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, _PLENTY if is_patient else 1)
 
     def _on_patience_end(self) -> None:
+        self._patience.stop()
         if self._is_patient and self._raw is not None:
             self._set_patience(False)
             self._on_readable()

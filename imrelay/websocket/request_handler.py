@@ -31,6 +31,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     #: For each request's head in seconds, from the end of the request before: an idle connection is closed, too.
     handshake_timeout = 10.0
 
+    _deadline: gevent.Timeout | None = None
     environ: dict[str, Any]
     headers: Any
     requestline: str | None
@@ -50,18 +51,18 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         self.requestline = None
         self.environ = {}
         self._begun = False
-        self._deadline = gevent.Timeout.start_new(self.handshake_timeout)
+        deadline = self._deadline = gevent.Timeout.start_new(self.handshake_timeout)
         try:
             result = super().handle_one_request()
         except gevent.Timeout as timeout:
-            if timeout is not self._deadline:
+            if timeout is not deadline:
                 raise
             if not self._begun:
                 return None  # nothing was asked for
             self._answer_malformed(Refusal(408, "request_timeout", "the request took too long"))
             return None
         finally:
-            self._deadline.close()
+            self._end_deadline()
         if isinstance(result, tuple):
             status = int(result[0].split()[0])
             self._answer_malformed(Refusal(status, "bad_request", "the request is malformed"))
@@ -77,8 +78,14 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     def read_request(self, raw_requestline: str) -> Any:
         """Read the headers; the deadline is for them."""
         result = super().read_request(raw_requestline)
-        self._deadline.close()
+        self._end_deadline()
         return result
+
+    def _end_deadline(self) -> None:
+        """Forget the deadline: a WebSocket may stay for days."""
+        deadline, self._deadline = self._deadline, None
+        if deadline is not None:
+            deadline.close()
 
     def MessageClass(self, *args: Any) -> Any:  # noqa: N802 - the name is pywsgi's
         """Read the headers from a stream that ends with an error at `MAX_HEAD` bytes."""
