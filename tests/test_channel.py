@@ -11,6 +11,7 @@ from pika import spec
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
+from imrelay.errors import ChannelLost
 from tests.gate import Gate
 from tests.harness import eventually
 from tests.tap import Method
@@ -84,3 +85,21 @@ def test_an_answer_that_comes_after_the_close_is_not_told(
     eventually(lambda: not connection.channels, PATIENCE, sleep=gevent.sleep)  # channel.close-ok came behind it
     assert connection.is_open
     assert told.answers == []
+
+
+def test_nothing_is_asked_of_a_connection_that_is_being_closed(connection: Connection) -> None:
+    """What followed connection.close would never be answered: who asks is told at once."""
+    told = Told(connection)
+    wire = connection._wire
+    assert wire is not None
+    wire.close()
+    with pytest.raises(ChannelLost):
+        told.channel.call(spec.Queue.Declare(queue="somebody", passive=True))
+
+
+def test_a_refusal_is_told_to_who_asked(connection: Connection) -> None:
+    """A channel that the broker closes in answer ends the call with the broker's code."""
+    told = Told(connection)
+    with pytest.raises(ChannelLost) as refused:
+        told.channel.call(spec.Queue.Declare(queue="nowhere", passive=True), spec.Basic.Qos(prefetch_count=1))
+    assert refused.value.reply_code == 404

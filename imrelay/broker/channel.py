@@ -15,6 +15,7 @@ from pika import spec
 from pika.amqp_object import Method
 from pika.channel import Channel as PikaChannel
 from pika.exceptions import AMQPError, ChannelClosedByBroker, ChannelClosedByClient
+from pika.frame import Method as Frame
 
 from imrelay.broker.connection import Connection, describe
 from imrelay.broker.frames import Delivery, PublishTemplate, encode_ack
@@ -81,25 +82,25 @@ class Channel:
             raise self.lost
         if self._pika.is_closing:  # what followed channel.close would cost the whole connection (504)
             raise ChannelLost("the channel is being closed")
-        expected: list[type[Method]] = []
+        wire, number = self._pika.connection, self._pika.channel_number
+        if not wire.is_open:
+            raise ChannelLost("the connection is being closed")
+        expected = [_REPLIES[type(method)] for method in methods if not getattr(method, "nowait", False)]
         self._replies = []
         self._awaited = AsyncResult()
+        self._pika.awaited = expected
+        self._pika.on_reply = self._on_reply
         try:
-            for method in methods:
-                if not getattr(method, "nowait", False):
-                    reply = _REPLIES[type(method)]
-                    self._pika.add_callback(self._on_reply, [reply])
-                    expected.append(reply)
-                self._pika._send_method(method)
+            wire.emit(b"".join([Frame(number, method).marshal() for method in methods]))
             while len(self._replies) < len(expected):
                 self._awaited.get()
                 self._awaited = AsyncResult()
             return _in_order(expected, self._replies)
-        except AMQPError as exc:
-            raise self.lost or ChannelLost(describe(exc)) from exc
         finally:
             self._awaited = None
             self._replies = _NO_REPLIES
+            self._pika.awaited = ()
+            self._pika.on_reply = None
 
     def send(self, method: Method) -> None:
         """Send a method that has no answer; does nothing on a lost channel. May be called from the hub."""
@@ -164,9 +165,9 @@ class Channel:
         except AMQPError:  # it is on its way to be closed by the other side
             self._end(ChannelLost("closed"))
 
-    def _on_reply(self, frame: Any) -> None:
+    def _on_reply(self, reply: Method) -> None:
+        self._replies.append(reply)
         if self._awaited is not None:
-            self._replies.append(frame.method)
             self._awaited.set()
 
     def _on_close(self, channel: PikaChannel, reason: Exception) -> None:

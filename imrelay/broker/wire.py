@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gevent
@@ -19,6 +19,8 @@ import pika
 from pika import spec
 from pika.adapters.gevent_connection import GeventConnection, _GeventSelectorIOLoop
 from pika.adapters.utils.io_services_utils import _AsyncPlaintextTransport
+from pika.amqp_object import Method
+from pika.frame import Method as MethodFrame
 from pika.frame import decode_frame
 
 from imrelay.broker.frames import Delivery, read_header, take
@@ -60,6 +62,9 @@ class WireChannel(pika.channel.Channel):  # type: ignore[misc]
 
     on_delivery: Callable[[Delivery], None] | None = None
     on_cancel: Callable[[], None] | None = None
+    #: The kinds of answers that go to `on_reply` instead of through pika's callbacks.
+    awaited: Sequence[type[Method]] = ()
+    on_reply: Callable[[Method], None] | None = None
     #: (delivery tag, multiple, whether it was a `basic.ack`)
     on_confirm: Callable[[int, bool, bool], None] | None = None
 
@@ -237,10 +242,21 @@ class Wire(GeventConnection):  # type: ignore[misc]
                     break
                 frame = read_header(buffer, at) if buffer[at] == _HEADER else decode_frame(buffer[at:after])[1]
                 at = after
-                self._process_frame(frame)
+                if not self._reply(frame):
+                    self._process_frame(frame)
         finally:
             self.bytes_received += at
             self._frame_buffer = buffer[at:]
+
+    def _reply(self, frame: Any) -> bool:
+        """Give an answer to who asked, without pika's bookkeeping for it; tell whether it was one."""
+        if not isinstance(frame, MethodFrame):
+            return False
+        channel = self._channels.get(frame.channel_number)
+        if channel is None or channel.on_reply is None or type(frame.method) not in channel.awaited:
+            return False
+        channel.on_reply(frame.method)
+        return True
 
 
 def _frame_end(buffer: bytes, at: int) -> int:
