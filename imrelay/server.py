@@ -201,10 +201,12 @@ class Server:
             raise
         self._relay = relay
         relay.start()
+        handler = handler_class(self._config, lambda: relay.desk)
+        handler.logged = ()  # there is no access log
         self._wsgi = WSGIServer(
             listener,
             relay.desk.__call__,  # as a method: calling the object would take half a KiB of stack for each socket
-            handler_class=handler_class(self._config, lambda: relay.desk),
+            handler_class=handler,
             log=None,
             error_log=logging.getLogger("imrelay.wsgi"),
         )

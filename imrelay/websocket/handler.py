@@ -16,19 +16,6 @@ from imrelay.websocket.wire import READ_SIZE, WOULD_BLOCK
 
 __all__ = ["WebSocketHandler"]
 
-#: What the access log may want of a request when its WebSocket has ended.
-_LOGGED = (
-    "HTTP_REFERER",
-    "HTTP_USER_AGENT",
-    "PATH_INFO",
-    "QUERY_STRING",
-    "RAW_URI",
-    "REMOTE_ADDR",
-    "REMOTE_PORT",
-    "REQUEST_METHOD",
-    "SERVER_PROTOCOL",
-)
-
 
 class WebSocketHandler(RequestHandler):
     """Give this class to `gevent.pywsgi.WSGIServer`, or to gunicorn's gevent worker as its `wsgi_handler`.
@@ -52,6 +39,18 @@ class WebSocketHandler(RequestHandler):
     subprotocols: tuple[str, ...] = ()
     #: Whether RFC 7692 is agreed on with clients that offer it.
     permessage_deflate = False
+    #: What of a request's environ stays until its WebSocket has ended, for the access log.
+    logged: tuple[str, ...] = (
+        "HTTP_REFERER",
+        "HTTP_USER_AGENT",
+        "PATH_INFO",
+        "QUERY_STRING",
+        "RAW_URI",
+        "REMOTE_ADDR",
+        "REMOTE_PORT",
+        "REQUEST_METHOD",
+        "SERVER_PROTOCOL",
+    )
 
     def refuse(self, environ: dict[str, Any]) -> Refusal | None:
         """Return why this WebSocket is not wanted; a hook.
@@ -145,7 +144,7 @@ class WebSocketHandler(RequestHandler):
     def _run_websocket(self, websocket: WebSocket) -> None:
         """Call the application, and see the socket to its end whatever becomes of that."""
         arguments = [self.environ]
-        self.environ = {key: self.environ[key] for key in _LOGGED if key in self.environ}
+        self.environ = {key: self.environ[key] for key in self.logged if key in self.environ}
         try:
             # The application holds the only reference to its environ (from Python 3.11 on), and may let go of it.
             result = self.application(arguments.pop(), _ignore_response)
