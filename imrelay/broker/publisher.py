@@ -4,7 +4,7 @@ Messages wait in a bounded queue, go out in batches with `mandatory`, and are do
 them. What a lost connection leaves unconfirmed is published again, in order and with the same message id.
 
 Order between one sender and one recipient needs care in one case, the recipient whose inbox may not exist: the
-first message to an id that this process has not yet reached goes alone, and what follows waits in a `_Detour`
+first message to an id that this process has not yet reached goes alone, and what follows waits in a `Detour`
 until it is known where that one went. A returned one opens the inbox (or is refused, by configuration). In a
 cluster, a refused one (`basic.nack`) may have met an inbox whose leader is just being elected: it is offered again
 on a fresh channel before its inbox counts as full, which could not be done in order if others were under way.
@@ -22,6 +22,7 @@ from gevent.lock import Semaphore
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
+from imrelay.broker.detour import Detour
 from imrelay.broker.frames import PublishTemplate
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.mailbox import Bell
@@ -57,19 +58,6 @@ _OPENINGS = 16
 _NOT_FOUND = 404
 
 
-class _Detour:
-    """Messages to one user that wait until it is known where those under way have gone."""
-
-    __slots__ = ("in_flight", "is_alone", "returned", "waiting")
-
-    def __init__(self, in_flight: int, *, is_alone: bool = False) -> None:
-        self.in_flight = in_flight
-        #: Whether it began with the one message under way.
-        self.is_alone = is_alone
-        self.returned: list[Publication] = []
-        self.waiting: deque[Publication] = deque()
-
-
 class Publisher:
     """Publishes for all sessions of this process, on a connection of its own.
 
@@ -102,7 +90,7 @@ class Publisher:
         self._next_tag = 1
         #: The last one whose sender waits for its answer.
         self._awaited_tag = 0
-        self._detours: dict[str, _Detour] = {}
+        self._detours: dict[str, Detour] = {}
         self._openings = Semaphore(_OPENINGS)
         #: Method frames to those whose inbox is there.
         self._reached: dict[str, bytes] = {}
@@ -246,7 +234,7 @@ class Publisher:
             self._remember(user, method)
             return method
         method = self._prepared.encode_method(user)
-        self._detours[user] = _Detour(in_flight=1, is_alone=True)
+        self._detours[user] = Detour(in_flight=1, is_alone=True)
         return method
 
     @property
@@ -273,7 +261,7 @@ class Publisher:
         self._reached_before.pop(user, None)
         if user not in self._detours:
             in_flight = sum(other.user == user for other in self._unconfirmed.values())
-            self._detours[user] = _Detour(in_flight)
+            self._detours[user] = Detour(in_flight)
 
     def _on_confirm(self, tag: int, multiple: bool, accepted: bool) -> None:
         """The broker has taken or refused one or more messages (`basic.ack`, `basic.nack`); in the hub."""
@@ -311,7 +299,7 @@ class Publisher:
     def _refuse(self, publication: Publication) -> None:
         self._ledger.answer(publication, InboxFull("the recipient's inbox is full; try again later"))
 
-    def _run_offers(self, publication: Publication, detour: _Detour) -> None:
+    def _run_offers(self, publication: Publication, detour: Detour) -> None:
         """Find out whether an inbox that has refused a message is full, or had no leader at that moment.
 
         RabbitMQ goes on to refuse what comes over a channel whose first message found a quorum queue without a
@@ -348,7 +336,7 @@ class Publisher:
             channel.close()
         self._bell.ring()
 
-    def _end_detour(self, user: str, detour: _Detour) -> None:
+    def _end_detour(self, user: str, detour: Detour) -> None:
         """All that was under way to this user has been answered by the broker; in the hub."""
         if detour.returned:
             gevent.spawn(self._run_opening, user, detour).name = f"opening:{user}"
@@ -356,7 +344,7 @@ class Publisher:
             self._remember(user, self._prepared.encode_method(user))
             self._resume(user, detour)
 
-    def _run_opening(self, user: str, detour: _Detour) -> None:
+    def _run_opening(self, user: str, detour: Detour) -> None:
         """Open the inbox of a user whom nothing reaches, then publish again what came back.
 
         Where unknown recipients are refused, an inbox that is there has only lost its bindings and gets them back.
@@ -380,7 +368,7 @@ class Publisher:
             detour.waiting.extendleft(reversed(detour.returned))
         self._resume(user, detour)
 
-    def _resume(self, user: str, detour: _Detour) -> None:
+    def _resume(self, user: str, detour: Detour) -> None:
         """Queue again what waited; after the loss of the channel all has been, and the detour is void."""
         if self._detours.get(user) is not detour:
             return
