@@ -8,9 +8,11 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gevent
 import hypothesis
 import pytest
 
+from imrelay.broker.connection import Connection
 from imrelay.errors import SetupError
 from tests.gate import Gate
 from tests.harness import Node, RelayProcess, VirtualHost, plain_environment
@@ -24,6 +26,9 @@ hypothesis.settings.register_profile(
     "imrelay", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("imrelay")
+
+#: Guard against hanging, in seconds; no measure of speed.
+_PATIENCE = 20.0
 
 RelayFactory = Callable[..., RelayProcess]
 
@@ -72,6 +77,17 @@ def gate(broker_url: str) -> Iterator[Gate]:
     """A way to the module's virtual host on which the broker's answers can be held up."""
     with Gate(broker_url) as made:
         yield made
+
+
+@pytest.fixture
+def connection(gate: Gate) -> Iterator[Connection]:
+    """A connection of this process's own, through the gate."""
+    made = Connection(lambda: [gate.url], name="test", heartbeat=60)
+    made.start()
+    with gevent.Timeout(3 * _PATIENCE):
+        assert made.wait_open(_PATIENCE)
+        yield made
+    made.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import gevent
@@ -24,17 +23,6 @@ RETURN, ACK, NACK = (60, 50), (60, 80), (60, 120)
 ANSWERS = pytest.mark.parametrize(
     ("key", "method"), [("nobody", RETURN), ("somebody", ACK), ("full", NACK)], ids=["return", "ack", "nack"]
 )
-
-
-@pytest.fixture
-def connection(gate: Gate) -> Iterator[Connection]:
-    """A connection of this process's own, through the gate."""
-    made = Connection(lambda: [gate.url], name="test", heartbeat=60)
-    made.start()
-    with gevent.Timeout(PATIENCE * 2):
-        assert made.wait_open(PATIENCE)
-        yield made
-    made.close()
 
 
 class Told:

@@ -24,17 +24,6 @@ from tests.harness import VirtualHost, eventually
 PATIENCE = 20.0
 
 
-@pytest.fixture
-def connection(gate: Gate) -> Iterator[Connection]:
-    """A connection of this process's own, through the gate."""
-    made = Connection(lambda: [gate.url], name="test", heartbeat=60)
-    made.start()
-    with gevent.Timeout(PATIENCE * 3):
-        assert made.wait_open(PATIENCE)
-        yield made
-    made.close()
-
-
 class Publishing:
     """A publishing channel, what it was told, and whether the kernel keeps quiet about what comes."""
 
