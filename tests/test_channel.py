@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
 
 import gevent
 import pytest
 from pika import spec
+from pika.exceptions import ChannelClosedByBroker
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
@@ -91,3 +94,54 @@ def test_a_refusal_is_told_to_who_asked(connection: Connection) -> None:
     with pytest.raises(ChannelLost) as refused:
         told.channel.call(spec.Queue.Declare(queue="nowhere", passive=True), spec.Basic.Qos(prefetch_count=1))
     assert refused.value.reply_code == 404
+
+
+class FakePika:
+    """Stands for pika's channel, so that a test says what one read of the connection brings."""
+
+    on_delivery = on_cancel = on_confirm = on_reply = None
+    is_closing, is_open, channel_number = False, True, 1
+    awaited: Sequence[Any] = ()
+
+    def __init__(self) -> None:
+        self.connection = SimpleNamespace(is_open=True, emit=lambda frames: None)
+        self.on_end: Any = None
+
+    def add_on_close_callback(self, callback: Any) -> None:
+        """Remember who is to be told of the end."""
+        self.on_end = callback
+
+    def close(self) -> None:
+        """Begin to close; the answer never comes."""
+
+
+def fake_channel(**callbacks: Any) -> tuple[Channel, FakePika]:
+    """Return a channel on a fake."""
+    pika = FakePika()
+    return Channel(cast(Connection, SimpleNamespace(open_channel=lambda: pika, channels=0)), **callbacks), pika
+
+
+def test_a_refusal_right_behind_an_answer_is_told() -> None:
+    """One read brings an answer and then the channel's end: who asked for two is told, and does not wait on."""
+    channel, pika = fake_channel()
+    asking = gevent.spawn(channel.call, spec.Exchange.Declare(exchange="e"), spec.Queue.Declare(queue="q"))
+    gevent.sleep(0)
+
+    def read() -> None:
+        assert pika.on_reply is not None
+        pika.on_reply(spec.Exchange.DeclareOk())
+        pika.on_end(pika, ChannelClosedByBroker(406, "no"))
+
+    gevent.get_hub().loop.run_callback(read)
+    with gevent.Timeout(PATIENCE), pytest.raises(ChannelLost) as refused:
+        asking.get()
+    assert refused.value.reply_code == 406
+
+
+def test_a_cancel_after_the_close_is_not_told() -> None:
+    """A late cancel of a closed channel would end the one that has taken its place."""
+    cancelled: list[bool] = []
+    channel, pika = fake_channel(on_cancel=lambda: cancelled.append(True))
+    assert pika.on_cancel is not None
+    channel.close()
+    assert pika.on_cancel is None

@@ -93,6 +93,8 @@ class Channel:
         try:
             wire.emit(b"".join([Frame(number, method).marshal() for method in methods]))
             while len(self._replies) < len(expected):
+                if self.lost is not None:  # in the same read as the last answer
+                    raise self.lost
                 self._awaited.get()
                 self._awaited = AsyncResult()
             return _in_order(expected, self._replies)
@@ -160,6 +162,7 @@ class Channel:
         self._on_lost = None
         self._pika.on_delivery = None
         self._pika.on_confirm = None
+        self._pika.on_cancel = None
         try:
             self._pika.close()
         except AMQPError:  # it is on its way to be closed by the other side

@@ -170,6 +170,8 @@ class Publisher:
         channel.call(self._topology.declare_exchange())
         channel.confirm(self._on_confirm, self._on_return)
         self._template = channel.prepare(self._topology.exchange, persistent=self._persistent)
+        if channel.lost is not None:  # in the same read as the last answer
+            raise channel.lost
         if self._exchange_is_lost:
             self._exchange_is_lost = False
             self._on_exchange_lost()
