@@ -1,4 +1,4 @@
-"""Who has closed a publishing channel hears no more of it: a late answer would be taken for another message's."""
+"""Who asks on a channel is told of its end, and who has closed one hears no more of it."""
 
 from __future__ import annotations
 
