@@ -10,6 +10,7 @@ from typing import Any
 
 import gevent
 
+from imrelay.forever import run_for_ever
 from imrelay.server import Relay, broker_urls, handler_class
 from imrelay.settings import find_file, load
 from imrelay.web import Desk
@@ -73,7 +74,7 @@ class HostedRelay:
         if getattr(server, "_imrelay_watched", False):
             return
         server._imrelay_watched = True
-        gevent.spawn(self._run_watch, server).name = "watch"
+        run_for_ever(lambda: self._run_watch(server), name="watch")
 
     def _run_watch(self, server: Any) -> None:
         while not server.closed:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 import gevent
 from gevent.event import Event
+
+from imrelay.forever import run_for_ever
 
 __all__ = ["Hub", "Member"]
 
@@ -37,6 +40,8 @@ class Hub:
         self._members: set[Member] = set()
         self._empty = Event()
         self._empty.set()
+        #: Members whose `check` has failed: they have been closed, and are not looked at again.
+        self._faulty: set[Member] = set()
         #: Whether the relay is stopping: nobody may join any more.
         self.is_draining = False
         self._sweeper: gevent.Greenlet | None = None
@@ -44,8 +49,7 @@ class Hub:
     def start(self) -> None:
         """Begin to sweep; returns at once."""
         if self._sweeper is None:
-            self._sweeper = gevent.spawn(self._run_sweeper)
-            self._sweeper.name = "sweeper"
+            self._sweeper = run_for_ever(self._run_sweeper, name="sweeper")
 
     def stop(self) -> None:
         """Sweep no more."""
@@ -68,6 +72,7 @@ class Hub:
     def leave(self, member: Member) -> None:
         """No longer count a session. Idempotent."""
         self._members.discard(member)
+        self._faulty.discard(member)
         if not self._members:
             self._empty.set()
 
@@ -78,16 +83,29 @@ class Hub:
         """
         self.is_draining = True
         for member in list(self._members):
-            member.finish(code, reason)
+            self._end(member.finish, code, reason)
         self._empty.wait(timeout)
         late = list(self._members)
         for member in late:
-            member.close(code, reason)
+            self._end(member.close, code, reason)
         self._empty.wait(1)
         return len(late)
 
     def _run_sweeper(self) -> None:
         while True:
             gevent.sleep(SWEEP_INTERVAL)
-            for member in list(self._members):
-                member.check()
+            for member in self._members - self._faulty:
+                try:
+                    member.check()
+                except Exception:
+                    logger.exception("a session cannot be checked: closing it")
+                    self._faulty.add(member)
+                    self._end(member.close, 1011, "a fault of the relay's")
+
+    @staticmethod
+    def _end(end: Callable[[int, str], None], code: int, reason: str) -> None:
+        """End one member; one that cannot be ended does not keep the others from it."""
+        try:
+            end(code, reason)
+        except Exception:
+            logger.exception("a session cannot be closed")

@@ -64,7 +64,7 @@ class Services:
     node_envelope: bool
 
 
-class _Log(logging.LoggerAdapter[logging.Logger]):
+class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # not subscriptable before Python 3.11
     """Puts the user before each line; ids come from clients, so they are escaped."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:

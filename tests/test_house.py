@@ -19,10 +19,10 @@ FLOORS = (
         "imrelay.message",
         "imrelay.submission",
         "imrelay.mid",
-        "imrelay.log",
         "imrelay.tokens",
         "imrelay.limits",
     },
+    {"imrelay.forever", "imrelay.log"},
     {"imrelay.broker", "imrelay.websocket"},
     {"imrelay.session", "imrelay.hub", "imrelay.protocol"},
     {"imrelay.web"},
@@ -32,7 +32,7 @@ FLOORS = (
 WINGS = {"imrelay.broker", "imrelay.websocket"}
 GROUND = "imrelay.errors"
 VALUES = FLOORS[1]
-DOORS = FLOORS[6]
+DOORS = FLOORS[-1]
 
 #: Library -> the rooms that may import it.
 KEEPERS = {

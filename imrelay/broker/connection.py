@@ -22,6 +22,7 @@ from pika.exceptions import AMQPError, ChannelClosed, ConnectionClosed
 
 from imrelay.broker.wire import Wire, WireChannel
 from imrelay.errors import ChannelLost, SetupError
+from imrelay.forever import run_for_ever
 from imrelay.settings import hide_password
 
 __all__ = ["Connection", "State", "describe"]
@@ -89,8 +90,7 @@ class Connection:
     def start(self) -> None:
         """Begin to connect; returns at once."""
         if self._keeper is None and self.state is not State.CLOSED:
-            self._keeper = gevent.spawn(self._run_keeper)
-            self._keeper.name = f"keeper:{self.name}"
+            self._keeper = run_for_ever(self._run_keeper, name=f"keeper:{self.name}")
 
     def close(self, timeout: float = 2.0) -> None:
         """Close it for good, with the AMQP handshake if the broker answers within `timeout` seconds."""
@@ -167,7 +167,10 @@ class Connection:
         else:
             self._open.clear()
         if self._on_state is not None:
-            self._on_state(state)
+            try:
+                self._on_state(state)
+            except Exception:
+                logger.exception("broker connection %s: who uses it failed to take its state", self.name)
 
     def _tell(self, state: State, problem: str) -> None:
         """Log a change of state; that it still cannot be reached for the same reason is said once."""
@@ -185,22 +188,34 @@ class Connection:
         logger.log(level, "broker connection %s: %s -> %s%s%s", self.name, old, new, about, lasting)
 
     def _run_keeper(self) -> None:
-        while not self.is_closed:
-            try:
-                urls, problem = self._urls(), ""
-            except SetupError as exc:
-                urls, problem, self._shown = (), str(exc), ""
-            for url in urls:
-                self._set_state(State.CONNECTING)
-                problem = self._connect(url)
-                if self.is_closed:
-                    return
-                if not problem:
-                    break
-            if problem:
-                self._set_state(State.WAITING, problem)
-                self._pause.wait(_pause(self._tries))
-                self._tries += 1
+        try:
+            while not self.is_closed:
+                self._attempt()
+        except Exception:
+            self._give_up("a fault of the relay's; its log says which")
+            raise
+
+    def _attempt(self) -> None:
+        """Try each URL until one has opened a connection and that has ended; pause where none has."""
+        try:
+            urls, problem = self._urls(), "no URL of a broker is known"
+        except SetupError as exc:
+            urls, problem, self._shown = (), str(exc), ""
+        for url in urls:
+            self._set_state(State.CONNECTING)
+            problem = self._connect(url)
+            if self.is_closed or not problem:
+                return
+        self._set_state(State.WAITING, problem)
+        self._pause.wait(_pause(self._tries))
+        self._tries += 1
+
+    def _give_up(self, problem: str) -> None:
+        """Wait for the next attempt after an exception that was not expected, without what it left open."""
+        wire, self._wire = self._wire, None
+        if wire is not None and not wire.is_closed:
+            wire._terminate_stream(ChannelLost(problem))
+        self._set_state(State.WAITING, problem)
 
     def _connect(self, url: str) -> str:
         """Live through one connection, from the attempt to its end; say what prevented it, or nothing."""

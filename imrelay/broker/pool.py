@@ -16,6 +16,7 @@ from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.topology import Topology
 from imrelay.errors import ChannelLost
+from imrelay.forever import run_for_ever
 
 __all__ = ["ConsumerPool"]
 
@@ -65,8 +66,7 @@ class ConsumerPool:
     def start(self) -> None:
         """Begin to connect; returns at once."""
         self._grow()
-        self._rebinder = gevent.spawn(self._run_rebinder)
-        self._rebinder.name = "rebinder"
+        self._rebinder = run_for_ever(self._run_rebinder, name="rebinder")
 
     def stop(self) -> None:
         """Close all connections, and with them all channels; what was not acknowledged goes back."""
@@ -146,12 +146,20 @@ class ConsumerPool:
         while True:
             gevent.sleep(_REBIND_INTERVAL)
             for consumer in list(self._consumers):
-                consumer.rebind_live(self._topology)
+                try:
+                    consumer.rebind_live(self._topology)
+                except Exception:
+                    logger.exception("the live queue of %s could not be bound again", ascii(consumer.user))
 
     def _run_attacher(self) -> None:
         try:
             while self._queue and not self._stopped:
-                self._attach(self._queue.popleft())
+                consumer = self._queue.popleft()
+                try:
+                    self._attach(consumer)
+                except Exception:
+                    logger.exception("the consumer of %s met a fault of the relay's", ascii(consumer.user))
+                    self.enqueue(consumer, ChannelLost("a fault of the relay's", _INTERNAL_ERROR))
         finally:
             self._attachers -= 1
 
@@ -169,9 +177,6 @@ class ConsumerPool:
             consumer.attach(connection, self._topology, self._prefetch)
         except ChannelLost as exc:
             lost = exc
-        except Exception:
-            logger.exception("the consumer of %s met a fault of the relay's", ascii(consumer.user))
-            lost = ChannelLost("a fault of the relay's", _INTERNAL_ERROR)
         finally:
             self._busy.discard(consumer.user)
         if not (consumer.is_closed or consumer.is_attached or self._stopped):

@@ -35,6 +35,7 @@ from imrelay.errors import (
     InboxFull,
     RecipientUnknown,
 )
+from imrelay.forever import run_for_ever
 
 __all__ = ["Publisher"]
 
@@ -106,9 +107,7 @@ class Publisher:
         """Begin to connect and to publish; returns at once."""
         self._connection.start()
         for role in (self._run_publisher, self._run_deadlines):
-            greenlet = gevent.spawn(role)
-            greenlet.name = role.__name__.removeprefix("_run_")
-            self._greenlets.append(greenlet)
+            self._greenlets.append(run_for_ever(role, name=role.__name__.removeprefix("_run_")))
 
     def flush(self, timeout: float) -> int:
         """Block until every message has been answered, or for `timeout` seconds; return how many were not."""

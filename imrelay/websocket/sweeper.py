@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _MIN_TICK, _MAX_TICK = 0.02, 0.5
 #: Sockets looked at before other greenlets get their turn.
 _SLICE = 256
+#: Seconds before the next round after one that failed as a whole.
+_FAULT_PAUSE = 1.0
 
 
 class Swept(Protocol):
@@ -70,20 +72,33 @@ class Sweeper:
     def _run_sweeper(self) -> None:
         """End when no socket is left, so that the process may end."""
         while self._sockets:
-            gevent.sleep(self._tick)
-            sockets = list(self._sockets)
-            for start in range(0, len(sockets), _SLICE):
-                if start:
-                    gevent.sleep(0)
-                now = monotonic()
-                for socket in sockets[start : start + _SLICE]:
+            try:
+                gevent.sleep(self._tick)
+                self._sweep()
+            except Exception:
+                logger.exception("deadlines could not be looked at; again in %g s", _FAULT_PAUSE)
+                gevent.sleep(_FAULT_PAUSE)
+
+    def _sweep(self) -> None:
+        sockets = list(self._sockets)
+        for start in range(0, len(sockets), _SLICE):
+            if start:
+                gevent.sleep(0)
+            now = monotonic()
+            for socket in sockets[start : start + _SLICE]:
+                try:
                     if socket.due <= now:
-                        try:
-                            socket.on_due(now)
-                        except Exception:
-                            logger.exception("a deadline could not be kept")
-                            self._sockets.discard(socket)
-                            socket.abort()
+                        socket.on_due(now)
+                except Exception:
+                    logger.exception("a deadline could not be kept")
+                    self._abort(socket)
+
+    def _abort(self, socket: Swept) -> None:
+        self._sockets.discard(socket)
+        try:
+            socket.abort()
+        except Exception:
+            logger.exception("a socket whose deadline could not be kept could not be ended")
 
 
 _sweepers: WeakKeyDictionary[Hub, Sweeper] = WeakKeyDictionary()
