@@ -13,11 +13,14 @@ from contextlib import closing, suppress
 from http.client import HTTPConnection
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
+from gevent.event import Event
 
+from imrelay.hosting import HostedRelay
+from imrelay.server import Relay
 from tests.browser import Browser
 from tests.conftest import RelayFactory
 from tests.harness import VirtualHost, eventually, plain_environment
@@ -311,3 +314,27 @@ def test_wrong_settings_are_said_at_the_import(tmp_path: Path) -> None:
     last = done.stderr.splitlines()[-1]
     assert "IMRELAY_BROKER_URL" in last
     assert "amqp://" in last
+
+
+def test_the_watch_outlives_a_fault() -> None:
+    """A look at the server that fails is followed by others, and the end of a worker is still seen."""
+    stopped = Event()
+
+    class FailingServer:
+        looks = 0
+
+        @property
+        def closed(self) -> bool:
+            self.looks += 1
+            if self.looks == 1:
+                raise RuntimeError("odd")
+            return self.looks > 2
+
+    class FakeRelay:
+        def stop(self, timeout: float) -> None:
+            stopped.set()
+
+    hosted = HostedRelay({"IMRELAY_BROKER_URL": "amqp://nowhere.invalid/"})
+    hosted._relay = cast(Relay, FakeRelay())
+    hosted._watch(FailingServer())
+    assert stopped.wait(30)

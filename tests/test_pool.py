@@ -238,3 +238,69 @@ def test_looking_for_a_free_user_does_not_grow_with_those_who_wait(
         gevent.sleep(0)
     assert 1 < attaching.door.looks <= pool._PARALLEL
     assert len(attachers()) <= pool._PARALLEL
+
+
+def test_an_attacher_that_fails_loses_no_consumer(
+    attaching: Attaching, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What goes wrong around the attaching of a socket is logged, and the socket is attached after a pause."""
+    failures = iter([RuntimeError("odd"), ValueError("odder")])
+    real = attaching.pool._wait_for_connection
+
+    def fail() -> Connection | None:
+        for failure in failures:
+            raise failure
+        return real()
+
+    monkeypatch.setattr(attaching.pool, "_wait_for_connection", fail)
+    monkeypatch.setattr(pool, "_FIRST_PAUSE", 0.01)
+    attaching.door.open()
+    consumers = [attaching.consume("one"), attaching.consume("two"), attaching.consume("three")]
+    for consumer in consumers:
+        consumer.may_end.set()
+        assert consumer.ended.wait(PATIENCE)
+    gevent.sleep(0)
+    assert [consumer.attempts for consumer in consumers] == [1, 1, 1]
+    assert all(consumer.is_attached for consumer in consumers)
+    assert sum(record.exc_info is not None for record in caplog.records) == 2
+
+
+def test_one_consumer_that_cannot_be_bound_again_keeps_no_other_from_it(
+    attaching: Attaching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rebinder looks at every consumer, round after round, whatever one of them raises."""
+    seen = {name: Event() for name in ("one", "two", "three")}
+
+    def bind(consumer: Held, topology: Topology) -> None:
+        seen[consumer.user].set()
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(pool, "_REBIND_INTERVAL", 0.001)
+    monkeypatch.setattr(Held, "rebind_live", bind)
+    for name in seen:
+        attaching.consume(name)
+    attaching.pool._rebinder.kill()
+    attaching.pool.start()
+    for _ in range(2):
+        for event in seen.values():
+            assert event.wait(PATIENCE)
+            event.clear()
+
+
+def test_the_rebinder_outlives_a_fault_of_a_round(
+    attaching: Attaching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round that fails as a whole is followed by the next ones."""
+    bound = Event()
+    monkeypatch.setattr(pool, "_REBIND_INTERVAL", 0.001)
+    monkeypatch.setattr(Held, "rebind_live", lambda consumer, topology: bound.set())
+    consumers = attaching.pool._consumers
+    attaching.pool._consumers = cast(Any, None)  # which nobody can go through
+    attaching.pool._rebinder.kill()
+    attaching.pool.start()
+    rebinder = attaching.pool._rebinder
+    gevent.sleep(0.01)
+    attaching.pool._consumers = consumers
+    attaching.consume("one")
+    assert bound.wait(PATIENCE)
+    assert attaching.pool._rebinder is rebinder

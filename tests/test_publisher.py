@@ -91,3 +91,42 @@ def test_no_room_in_time_is_an_error(publisher: Publisher) -> None:
         with pytest.raises(BrokerUnavailable, match="too many messages"):
             publisher.publish(message("x", lambda publication, error: None))
     assert publisher._ledger.find("x") is None
+
+
+def test_the_deadlines_outlive_a_fault(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One look at the deadlines that fails keeps no message from being answered in time by the next look."""
+    real = publisher._ledger.expire
+    failed, answered = Event(), Event()
+
+    def expire(ledger: Any) -> bool:
+        if failed.is_set():
+            return real()
+        failed.set()
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(type(publisher._ledger), "expire", expire)
+    publisher.publish(message("m", lambda publication, error: answered.set()))
+    assert failed.wait(30)
+    assert answered.wait(30)
+
+
+def test_the_publisher_outlives_a_fault_of_its_recovery(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on after an exception, also where tidying up after that raises another one."""
+    left, opened = Event(), Event()
+
+    def leave() -> None:
+        left.set()
+        raise RuntimeError("odder")
+
+    def open_channel() -> None:
+        if left.is_set():
+            opened.set()
+            return gevent.sleep(0.01)
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(publisher, "_leave", leave)
+    monkeypatch.setattr(publisher, "_open", open_channel)
+    assert left.wait(30)
+    assert opened.wait(30)

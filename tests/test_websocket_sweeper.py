@@ -77,3 +77,43 @@ def test_a_fork_begins_anew():
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, timeout=20)
+
+
+def test_a_socket_that_cannot_be_ended_either_does_not_end_the_sweeping():
+    """`abort` and `due` may fail too; the others are looked after, in that round."""
+
+    class Stubborn(Swept):
+        def abort(self):
+            self.aborted += 1
+            raise RuntimeError("cannot be ended")
+
+    class Timeless(Swept):
+        due = property(lambda self: 1 // 0, lambda self, value: None)
+
+    sweeper = Sweeper()
+    sockets = Stubborn(sweeper, fails=True), Timeless(sweeper), Swept(sweeper)
+    for swept in sockets:
+        sweeper.add(swept, shortest=0.1)
+    sweeper._greenlet.join(timeout=10.0)
+    assert [(swept.calls, swept.aborted) for swept in sockets] == [(1, 1), (0, 1), (1, 0)]
+
+
+def test_a_round_that_fails_is_followed_by_others(monkeypatch):
+    """An exception of the sweeper's own is logged, and the next round comes."""
+    monkeypatch.setattr("imrelay.websocket.sweeper._FAULT_PAUSE", 0.01)
+    failures = [RuntimeError("odd"), RuntimeError("odd")]
+
+    class Failing(Sweeper):
+        __slots__ = ()
+
+        def _sweep(self):
+            if failures:
+                raise failures.pop()
+            super()._sweep()
+
+    sweeper = Failing()
+    swept = Swept(sweeper)
+    sweeper.add(swept, shortest=0.1)
+    sweeper._greenlet.join(timeout=10.0)
+    assert not failures
+    assert swept.calls == 1
