@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ import pika
 import pika.exceptions
 import pytest
 
-from imrelay.broker import child, installed
+from imrelay.broker import child, installed, private
 from imrelay.broker.folder import running_url
 from imrelay.broker.private import NodeState, PrivateBroker
 from imrelay.errors import SetupError
@@ -165,6 +167,99 @@ def test_epmd_that_dies_is_started_again(own: Node) -> None:
     assert read_pid(own.data_dir, "epmd") != epmd
     assert is_alive(read_pid(own.data_dir, "epmd"))
     connect(own.url).close()
+
+
+def test_no_descriptor_left_does_not_end_the_supervision(own: Node) -> None:
+    """Killed while their relay can open no file, node and epmd are back when it can again, with what was kept."""
+    keep(own, "full", b"still here")
+    ready, epmd = own.log.count("ready at"), read_pid(own.data_dir, "epmd")
+    _, hard = limits = resource.prlimit(own.relay_pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(own.relay_pid, resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        for pid in (own.pid, epmd):
+            os.kill(pid, signal.SIGKILL)
+        for name in ("node", "epmd"):
+            eventually(lambda name=name: re.search(f"its {name} could not be .*Too many open files", own.log), 30)
+    finally:
+        resource.prlimit(own.relay_pid, resource.RLIMIT_NOFILE, limits)
+    eventually(lambda: own.log.count("ready at") == ready + 1, 60)
+    assert kept(own.url, "full") == b"still here"
+    eventually(lambda: is_alive(read_pid(own.data_dir, "epmd")), 30)
+    own.pid = read_pid(own.data_dir, "node")
+
+
+@pytest.fixture(scope="module")
+def inside(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateBroker]:
+    """A node that this process itself runs, for the tests that look at its state."""
+    broker = PrivateBroker(tmp_path_factory.mktemp("inside") / "data")
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+def kill(broker: PrivateBroker) -> None:
+    """Kill the node of a broker with -9."""
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGKILL)
+
+
+def test_a_log_folder_that_is_away_does_not_end_the_supervision(
+    inside: PrivateBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While its output cannot be written the node waits and each attempt is told; then it is back at its URL."""
+    log, url = inside.data_dir / "log", inside.url
+    log.rename(inside.data_dir / "log.old")
+    log.write_text("in the way")
+    kill(inside)
+    eventually(lambda: caplog.text.count("its node could not be started") >= 2, 30)
+    assert inside.state is NodeState.WAITING
+    log.unlink()  # nobody has to make it again
+    eventually(lambda: inside.state is NodeState.RUNNING, 60)
+    connect(url).close()
+    assert "Traceback" not in caplog.text
+
+
+def test_an_unexpected_exception_does_not_end_the_supervision(
+    inside: PrivateBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged with its traceback, what had been started is stopped, and the next attempt succeeds."""
+    begun: list[int | None] = []
+
+    def connect_once_in_vain(parameters: pika.URLParameters) -> pika.BlockingConnection:
+        begun.append(inside.pid)
+        if len(begun) == 1:
+            raise RuntimeError("odd")
+        return real(parameters)
+
+    real = pika.BlockingConnection
+    monkeypatch.setattr(private.pika, "BlockingConnection", connect_once_in_vain)
+    kill(inside)
+    eventually(lambda: len(begun) == 2 and inside.state is NodeState.RUNNING, 90)
+    assert begun[0] != begun[1]
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [RuntimeError]
+    connect(inside.url).close()
+
+
+def test_a_stop_during_a_restart_leaves_nothing(inside: PrivateBroker) -> None:
+    """`stop` while the node is being started again returns, the state ends with STOPPED, the folder is free."""
+    kill(inside)
+    eventually(lambda: inside.state is NodeState.STARTING and inside.pid is not None, 30)
+    inside.stop()
+    assert inside.state is NodeState.STOPPED
+    assert_free(inside.data_dir)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("watcher:")]
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_sentence(node: Node, tmp_path: Path) -> None:
+    """An error of the file system at the first start is no traceback: it names the folder and the setting."""
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    (data_dir / "relay.lock").touch()
+    (data_dir / "rabbitmq.conf").mkdir()  # which no file can replace
+    with pytest.raises(SetupError, match=r"could not be started.*\[broker\] data_dir") as caught:
+        PrivateBroker(data_dir).start()
+    assert str(data_dir) in str(caught.value)
+    assert_free(data_dir)
 
 
 def test_ctrl_c_stops_the_relay_first_and_the_node_cleanly(node: Node, tmp_path: Path) -> None:

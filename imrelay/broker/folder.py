@@ -128,8 +128,7 @@ class NodeFolder:
             self._lock = lock_file(here / "relay.lock")
             os.ftruncate(self._lock, 0)
             os.pwrite(self._lock, b"%d\n" % os.getpid(), 0)
-            for name in ("home", "log", "mnesia", "conf.d"):
-                (here / name).mkdir(mode=0o700, exist_ok=True)
+            self.make_folders()
         except BlockingIOError as exc:
             raise SetupError(
                 f"the broker's folder {here} is in use by another imrelay "
@@ -141,6 +140,11 @@ class NodeFolder:
                 f"the broker's folder {here} cannot be used ({exc.strerror}): "
                 "set [broker] data_dir to a folder that this user may write to"
             ) from exc
+
+    def make_folders(self) -> None:
+        """Create the folders that the node uses, where they are missing; raises `OSError`."""
+        for name in ("home", "log", "mnesia", "conf.d"):
+            (self.path / name).mkdir(mode=0o700, exist_ok=True)
 
     def release(self) -> None:
         """Give the folder free. Idempotent."""

@@ -112,6 +112,12 @@ class PrivateBroker:
             self._boot_epmd(epmd)
             self._boot_node()
             self._folder.announce()
+        except OSError as exc:
+            self.stop()
+            raise SetupError(
+                f"the private RabbitMQ on {self.data_dir} could not be started: {exc}; "
+                "see to that, or set [broker] data_dir to another folder"
+            ) from exc
         except BaseException:
             self.stop()
             raise
@@ -126,8 +132,7 @@ class PrivateBroker:
         self._set_state(NodeState.STOPPING)
         self._folder.withdraw()
         for child in (self._node, self._epmd):
-            if child is not None:
-                child.stop(self._stop_timeout)
+            self._end(child)
         for watcher in self._watchers:
             watcher.join()
         self._watchers.clear()
@@ -136,6 +141,8 @@ class PrivateBroker:
         self._folder.release()
 
     def _set_state(self, state: NodeState) -> None:
+        if self._halt.is_set() and state not in (NodeState.STOPPING, NodeState.STOPPED):
+            return  # `stop` has begun while a watcher was booting
         if state is not self._state:
             logger.debug("private RabbitMQ: %s -> %s", self._state.value, state.value)
             self._state = state
@@ -157,7 +164,10 @@ class PrivateBroker:
         port = self._folder.identity.epmd_port
         command = [epmd, "-port", str(port), "-address", HOST]
         self._epmd = child = Child("epmd", command, self.data_dir, self.environment)
-        if not until(lambda: not child.alive or accepts(port), 10.0) or not child.alive:
+        is_over = until(lambda: self._halt.is_set() or not child.alive or accepts(port), 10.0)
+        if self._halt.is_set():
+            raise SetupError("the private RabbitMQ was stopped during its start")
+        if not is_over or not child.alive:
             child.stop(1.0)
             raise SetupError(f"epmd did not start on {HOST}:{port}; its output is in {child.output}")
 
@@ -203,32 +213,44 @@ class PrivateBroker:
         watcher.start()
 
     def _run_watcher(self, name: str, current: Callable[[], Child | None], boot: Callable[[], None]) -> None:
+        """Boot a child again whenever it has ended by itself, and after each failure once more, until `stop`."""
         delay = _BACKOFF_FIRST
-        while True:
+        while not self._halt.is_set():
             began = time.monotonic()
             child = current()
             status = child.wait() if child is not None else None
-            if self._halt.is_set():
-                return
+            problem = f"ended by itself with status {status}"
             if time.monotonic() - began > _BACKOFF_FORGET:
                 delay = _BACKOFF_FIRST
-            logger.error(
-                "private RabbitMQ: its %s ended by itself with status %s: starting it again in %.1f s",
-                name,
-                status,
-                delay,
-            )
-            if name == "node":
-                self._set_state(NodeState.WAITING)
-            if self._halt.wait(delay):
-                return
-            delay = min(delay * 2, _BACKOFF_MOST)
-            try:
-                boot()
-            except SetupError as exc:
-                if not self._halt.is_set():
-                    logger.error("%s", exc)
-            if self._halt.is_set():  # stop() may have looked before the new child was there
-                if (child := current()) is not None:
-                    child.stop(self._stop_timeout)
-                return
+            while problem and not self._halt.is_set():
+                if name == "node":
+                    self._set_state(NodeState.WAITING)
+                logger.error("private RabbitMQ: its %s %s: starting it again in %.1f s", name, problem, delay)
+                self._halt.wait(delay)
+                delay = min(delay * 2, _BACKOFF_MOST)
+                problem = self._boot_again(current, boot)
+        self._end(current())  # `stop` may have looked before this child was there
+
+    def _boot_again(self, current: Callable[[], Child | None], boot: Callable[[], None]) -> str:
+        """Boot a child; say what prevented it, as the rest of a sentence, or nothing. Raises no `Exception`."""
+        if self._halt.is_set():
+            return ""
+        try:
+            self._folder.make_folders()
+            boot()
+            return ""
+        except (SetupError, OSError) as exc:  # the latter: no descriptor left, the log's folder away or full
+            problem = f"could not be started ({exc})"
+        except Exception:
+            logger.exception("private RabbitMQ: an unexpected exception during a start")
+            problem = "could not be started (a fault of imrelay's, see above)"
+        self._end(current())
+        return problem
+
+    def _end(self, child: Child | None) -> None:
+        """Stop a child if it runs."""
+        try:
+            if child is not None:
+                child.stop(self._stop_timeout)
+        except Exception:
+            logger.exception("private RabbitMQ: process %d could not be stopped", child.pid if child else 0)
