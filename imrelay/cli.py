@@ -21,6 +21,7 @@ from imrelay import __version__, log
 from imrelay.broker.private import PrivateBroker
 from imrelay.config import Config
 from imrelay.errors import ConfigError, ImrelayError, SetupError
+from imrelay.log_stream import LogStream
 from imrelay.server import Server, inbox_keeper
 from imrelay.settings import CONFIG_VARIABLE, Setting, find_file, load, settings
 from imrelay.submission import check_id
@@ -32,6 +33,8 @@ logger = logging.getLogger("imrelay")
 #: Exit statuses: a wrong setting or option; something of this machine is missing or taken.
 _EXIT_USAGE, _EXIT_FAILED = 2, 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: Seconds for what the log has to write, where the process is ended at once.
+_LAST_WORDS = 0.5
 
 
 class _Service(Protocol):
@@ -50,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "inbox":
             return _inbox(config, options)
-        log.configure(config.log)
-        return _run(Server(config) if options.command == "serve" else _BrokerService(config))
+        stream = log.configure(config.log)
+        return _run(Server(config) if options.command == "serve" else _BrokerService(config), stream)
     except BrokenPipeError:  # who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_FAILED
@@ -166,7 +169,7 @@ class _BrokerService:
         self._broker.stop()
 
 
-def _run(service: _Service) -> int:
+def _run(service: _Service, stream: LogStream) -> int:
     """Run a service until a signal ends it; a second signal ends it at once."""
     stopping = Event()
 
@@ -174,6 +177,7 @@ def _run(service: _Service) -> int:
         name = signal.Signals(number).name
         if stopping.is_set():
             logger.warning("%s again: ending at once", name)
+            stream.finish(_LAST_WORDS)
             os._exit(128 + number)
         logger.info("%s: stopping", name)
         stopping.set()

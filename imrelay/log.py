@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
+import os
+import sys
 import time
+from collections.abc import Callable
 
 from imrelay.config import LogConfig
+from imrelay.log_stream import LogStream
 
 __all__ = ["configure"]
+
+#: Seconds at the end of the process for what the log still has to write.
+_LAST_WORDS = 2.0
 
 
 class _Text(logging.Formatter):
@@ -37,10 +45,35 @@ class _Json(logging.Formatter):
         return json.dumps(line)
 
 
-def configure(config: LogConfig) -> None:
-    """Send the log of this process to standard error as the settings say."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Json() if config.format == "json" else _Text())
+def configure(config: LogConfig) -> LogStream:
+    """Send the log of this process, and all else that it writes to standard error, there as the settings say.
+
+    Nobody waits for that: see `LogStream`, which is returned and which the end of the interpreter finishes. gevent
+    prints exceptions of greenlets to `sys.stderr`, Python those that end the process.
+    """
+    formatter = _Json() if config.format == "json" else _Text()
+    # Where the process was started without a standard error, its number may be that of a socket by now.
+    descriptor = sys.__stderr__.fileno() if sys.__stderr__ else os.open(os.devnull, os.O_WRONLY)
+    stream = LogStream(descriptor, _notice(formatter))
+    atexit.register(stream.finish, _LAST_WORDS)
+    sys.stderr = stream
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=config.level.upper(), force=True)
     if config.level != "debug":
         logging.getLogger("pika").setLevel(logging.CRITICAL)  # its troubles are told by the connection keeper
+    return stream
+
+
+def _notice(formatter: logging.Formatter) -> Callable[[int], str]:
+    """Return what makes the line that tells of dropped ones; in a native thread, where no record can be made."""
+    sentence = "%d lines were dropped here: standard error did not take them"
+    record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, sentence, (0,), None)
+
+    def make(lines: int) -> str:
+        record.created = time.time()
+        record.msecs = record.created % 1 * 1000
+        record.args = (lines,)
+        return formatter.format(record) + "\n"
+
+    return make

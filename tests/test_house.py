@@ -22,7 +22,7 @@ FLOORS = (
         "imrelay.tokens",
         "imrelay.limits",
     },
-    {"imrelay.forever", "imrelay.log"},
+    {"imrelay.forever", "imrelay.log", "imrelay.log_stream"},
     {"imrelay.broker", "imrelay.websocket"},
     {"imrelay.session", "imrelay.hub", "imrelay.protocol"},
     {"imrelay.web"},
@@ -41,7 +41,8 @@ KEEPERS = {
     "flask": {"imrelay.web"},
     "werkzeug": {"imrelay.web"},
     "gunicorn": set(),
-    "gevent.monkey": DOORS,
+    # the latter only asks it for what was not patched
+    "gevent.monkey": DOORS | {"imrelay.log_stream"},
 }
 #: What no value may import: it waits, has a handle on something outside, or reads a clock.
 OUTSIDE = {
