@@ -12,7 +12,7 @@ import gevent
 from gevent.pywsgi import WSGIServer
 
 from imrelay.broker.connection import Connection
-from imrelay.broker.connection import State as ConnectionState
+from imrelay.broker.connections import Connections
 from imrelay.broker.folder import running_url
 from imrelay.broker.inbox import InboxKeeper
 from imrelay.broker.pool import ConsumerPool
@@ -47,20 +47,16 @@ class Relay:
         # Each greenlet would keep, for debuggers, who spawned it and from where: 2 KiB for each of a socket's two.
         gevent.config.track_greenlet_tree = False
         broker = config.broker
-        tls = make_tls(config)
-
-        def new_connection(name: str, on_state: Callable[[ConnectionState], None]) -> Connection:
-            return Connection(urls, name=name, heartbeat=broker.heartbeat, tls=tls, on_state=on_state)
-
+        connections = Connections(urls, heartbeat=broker.heartbeat, tls=make_tls(config))
         topology = Topology(broker.exchange, config.inbox)
         self._consumers = ConsumerPool(
-            new_connection,
+            connections.new,
             topology,
             prefetch=broker.prefetch,
             channels_per_connection=broker.channels_per_connection,
         )
         self._publisher = Publisher(
-            new_connection,
+            connections.new,
             topology,
             queue_size=broker.publish_queue,
             timeout=broker.publish_timeout,

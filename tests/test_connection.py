@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import gevent
 import pytest
@@ -10,6 +10,10 @@ from gevent.event import Event
 
 from imrelay.broker import connection as module
 from imrelay.broker.connection import Connection, State
+from imrelay.errors import SetupError
+from imrelay.server import Relay
+from imrelay.settings import load
+from tests.harness import eventually
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0
@@ -111,4 +115,89 @@ def test_no_url_at_all_is_waited_out(caplog: pytest.LogCaptureFixture) -> None:
     gevent.sleep(0.05)
     assert made.state is State.WAITING
     assert made.problem == "no URL of a broker is known"
+    made.close()
+
+
+class Away:
+    """The way to a broker that may be away, as `urls`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.is_away = False
+        self.asked = 0
+
+    def __call__(self) -> list[str]:
+        self.asked += 1
+        if self.is_away:
+            raise SetupError("away")
+        return [self.url]
+
+
+def wait_for(look: Callable[[], object]) -> None:
+    """Wait until the answer is true, while greenlets go on."""
+    eventually(look, PATIENCE, sleep=gevent.sleep)
+
+
+def test_when_one_connection_opens_the_others_of_the_relay_try_at_once(
+    broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Publisher and consumers wait out a long pause each; the first that is let try brings the other with it."""
+    way = Away(broker_url)
+    relay = Relay(load(None, {"IMRELAY_BROKER_URL": broker_url}), way)
+    relay.start()
+    publish, consume = relay._publisher._connection, relay._consumers._connections[0]
+    wait_for(lambda: publish.is_open and consume.is_open)
+    monkeypatch.setattr(module, "_pause", lambda tries: PATIENCE * 100)
+    way.is_away = True
+    for made in (publish, consume):
+        made._wire._terminate_stream(RuntimeError("lost"))
+    wait_for(lambda: publish._is_backing_off and consume._is_backing_off)
+    way.is_away = False
+    gevent.sleep(0.05)
+    assert publish.state is consume.state is State.WAITING, "nobody has said that the broker is back"
+    consume.hurry()
+    wait_for(lambda: publish.is_open and consume.is_open)
+    relay.stop(1)
+
+
+def test_hurrying_disturbs_only_who_backs_off(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open connection stays, a closed one too, and the random pause after a loss is not cut short."""
+    way = Away(broker_url)
+    made = Connection(way, name="test", heartbeat=60)
+    made.start()
+    assert made.wait_open(PATIENCE)
+    made.hurry()
+    gevent.sleep(0.01)
+    assert made.is_open
+    monkeypatch.setattr(module.random, "uniform", lambda least, most: PATIENCE * 100)
+    made._wire._terminate_stream(RuntimeError("lost"))
+    wait_for(lambda: made.state is State.WAITING)
+    for _ in range(10):
+        made.hurry()
+        gevent.sleep(0.01)
+    assert (made.state, way.asked) == (State.WAITING, 1)
+    made.close()
+    made.hurry()
+    assert made.is_closed
+
+
+def test_each_hurry_is_one_attempt(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hurried attempt that fails is followed by a pause again, the first of a new row."""
+    tries: list[int] = []
+
+    def pause(number: int) -> float:
+        tries.append(number)
+        return PATIENCE * 100 if len(tries) > 3 else 0.0
+
+    monkeypatch.setattr(module, "_pause", pause)
+    way = Away(broker_url)
+    way.is_away = True
+    made = Connection(way, name="test", heartbeat=60)
+    made.start()
+    wait_for(lambda: len(tries) == 4)
+    made.hurry()
+    wait_for(lambda: len(tries) == 5)
+    gevent.sleep(0.05)
+    assert tries == [0, 1, 2, 3, 0]
+    assert way.asked == 5
     made.close()

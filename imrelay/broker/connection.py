@@ -85,6 +85,7 @@ class Connection:
         self._number = 0
         self._told: set[str] = set()
         self._tries = 0
+        self._is_backing_off = False
         self._keeper: gevent.Greenlet | None = None
 
     def start(self) -> None:
@@ -111,6 +112,15 @@ class Connection:
             if not self._ended.wait(timeout) and not wire.is_closed:
                 wire._terminate_stream(ChannelLost("the broker did not answer connection.close in time"))
                 self._ended.wait(timeout)
+
+    def hurry(self) -> None:
+        """Try again now, where it pauses after an attempt that failed: the broker has been seen. Returns at once.
+
+        The short random pause after a loss stays: a broker that accepts and closes is not called in a circle.
+        """
+        if self._is_backing_off:
+            self._tries = 0
+            self._pause.set()
 
     @property
     def is_closed(self) -> bool:
@@ -207,8 +217,13 @@ class Connection:
             if self.is_closed or not problem:
                 return
         self._set_state(State.WAITING, problem)
-        self._pause.wait(_pause(self._tries))
+        pause = _pause(self._tries)
         self._tries += 1
+        self._is_backing_off = True
+        self._pause.wait(pause)
+        self._is_backing_off = False
+        if not self.is_closed:
+            self._pause.clear()  # which `hurry` may have set
 
     def _give_up(self, problem: str) -> None:
         """Wait for the next attempt after an exception that was not expected, without what it left open."""
