@@ -170,7 +170,7 @@ class _BrokerService:
 
 
 def _run(service: _Service, stream: LogStream) -> int:
-    """Run a service until a signal ends it; a second signal ends it at once."""
+    """Run a service until a signal ends it, unless that was ignored at the start; a second ends it at once."""
     stopping = Event()
 
     def on_signal(number: int) -> None:
@@ -183,7 +183,9 @@ def _run(service: _Service, stream: LogStream) -> int:
         stopping.set()
 
     for number in _SIGNALS:
-        gevent.signal_handler(number, on_signal, number)
+        # Who starts us may have us ignore some: `nohup` SIGHUP, a shell that puts us into the background SIGINT.
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+            gevent.signal_handler(number, on_signal, number)
     starting = gevent.spawn(_attempt, service.start)
     gevent.wait([starting, stopping], count=1)
     if not starting.dead:

@@ -5,9 +5,12 @@ name="scripts/$(basename "$0")"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
 policy="/usr/sbin/policy-rc.d"
+boot_links="/etc/rc[2-5].d/S[0-9][0-9]rabbitmq-server"
 policy_mark="written by imrelay"
 # What has to be undone when this run ends before it is done with it.
 new_venv="" new_policy="" log=""
+# The services that this machine started at its boot before anything was installed here.
+booted=""
 
 say() { printf '%s: %s\n' "$name" "$*" >&2; }
 die() { say "$@"; exit 1; }
@@ -132,6 +135,7 @@ apt_install() {
     say "installing $what ($*)"
     log="$(mktemp)"
     hold_services
+    booted="$(booted_services)"
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -q -o DPkg::Lock::Timeout=120 update >"$log" 2>&1 </dev/null
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -qy -o DPkg::Lock::Timeout=120 \
         --no-install-recommends install "$@" >>"$log" 2>&1 </dev/null
@@ -162,17 +166,30 @@ END
     as_root chmod 755 "$policy"
 }
 
-# … nor at the next boot, if it was us who installed it.
+# Print which services of RabbitMQ and its port mapper the machine starts at its boot: systemd's, and init's.
+booted_services() {
+    local unit
+    for unit in rabbitmq-server.service epmd.service epmd.socket; do
+        ! systemctl --quiet is-enabled "$unit" >/dev/null 2>&1 || printf '%s\n' "$unit"
+    done
+    ! compgen -G "$boot_links" >/dev/null || echo rabbitmq-server
+}
+
+# … nor at the next boot, where our installation has enabled it: what was enabled before belongs to somebody else.
 release_services() {
-    local status="$1"
+    local status="$1" service
     shift
     [ -z "$new_policy" ] || as_root rm -f "$policy"
     new_policy=""
     case " $* " in *" rabbitmq-server "*) ;; *) return ;; esac
     [ "$status" -eq 0 ] || return
-    # The one is for systemd, the other for machines without it.
-    as_root systemctl --quiet disable rabbitmq-server.service epmd.service epmd.socket >/dev/null 2>&1
-    as_root update-rc.d rabbitmq-server disable >/dev/null 2>&1
+    for service in $(booted_services); do
+        ! grep -Fqx -- "$service" <<<"$booted" || continue
+        case "$service" in
+            *.*) as_root systemctl --quiet disable "$service" >/dev/null 2>&1 ;;
+            *) as_root update-rc.d "$service" disable >/dev/null 2>&1 ;;
+        esac
+    done
 }
 
 # What .venv depends on: the package's description, the place of the checkout, the Python.

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-__all__ = ["BrokerControl", "Node", "RelayProcess", "VirtualHost", "eventually", "is_alive", "plain_environment"]
+__all__ = [
+    "BrokerControl",
+    "Node",
+    "RelayProcess",
+    "VirtualHost",
+    "default_signals",
+    "eventually",
+    "is_alive",
+    "plain_environment",
+]
 
 #: Seconds between two looks at something that gives no event: a broker's lists, a log file.
 TICK = 0.02
@@ -104,6 +113,12 @@ def plain_environment(**more: str) -> dict[str, str]:
         key: value for key, value in os.environ.items() if not key.startswith(("IMRELAY_", "RABBITMQ_", "ERL_"))
     }
     return inherited | more
+
+
+def default_signals() -> None:
+    """Have a new process take SIGINT and SIGHUP, also where the tests run in the background or under `nohup`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def is_alive(pid: int) -> bool:
@@ -321,7 +336,14 @@ class VirtualHost:
 class RelayProcess:
     """`python -m imrelay …` as a process of its own; its log goes to a file."""
 
-    def __init__(self, directory: Path, arguments: list[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        arguments: list[str],
+        environment: Mapping[str, str],
+        *,
+        preexec: Callable[[], None] = default_signals,
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.log_path = directory / "relay.log"
         self.directory = directory
@@ -335,6 +357,7 @@ class RelayProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                preexec_fn=preexec,
             )
 
     @property

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import eventually, plain_environment
+from tests.harness import default_signals, eventually, plain_environment
 
 ROOT = Path(__file__).parent.parent
 #: What the scripts take from every Debian; all else of a test's machine is made by the test.
@@ -48,7 +48,10 @@ class Machine:
         self.bin = directory / "bin"
         self.calls_path = directory / "calls"
         self.policy = directory / "policy-rc.d"
-        self.bin.mkdir(parents=True)
+        #: A file for each service that is started at boot.
+        self.enabled = directory / "enabled"
+        self.enabled.mkdir(parents=True)
+        self.bin.mkdir()
         for name in ("scripts", ".ci"):
             shutil.copytree(ROOT / name, self.root / name)
         for name in ("setup.cfg", "pyproject.toml", "config.ini"):
@@ -64,11 +67,22 @@ class Machine:
         path.write_text(f"#!/bin/sh\n{body}\n")
         path.chmod(0o755)
 
+    def has_services(self) -> None:
+        """Give it a systemd and an init that know what is started at boot, and note what is asked of them."""
+        look = f'case "$*" in *is-enabled*) eval "name=\\${{$#}}"; [ -e "{self.enabled}/$name" ]; exit; esac\n'
+        self.program("systemctl", look + 'echo "systemctl $*" >> "$CALLS"')
+        self.program("update-rc.d", 'echo "update-rc.d $*" >> "$CALLS"')
+
+    def enable(self, *names: str) -> str:
+        """Return what an installation does that has services started at boot."""
+        links = "".join(f': > "{self.enabled}/{name}"\n' for name in names)
+        return f'case "$*" in *install*) {links};; esac'
+
     def has(self, *, rabbitmq: bool, browser: bool) -> None:
         """Say what is installed, in place of the scripts' own look at the real machine."""
         library = (ROOT / "scripts" / "lib.sh").read_text()
         library += f"has_rabbitmq() {{ {str(rabbitmq).lower()}; }}\nhas_browser() {{ {str(browser).lower()}; }}\n"
-        library += f'policy="{self.policy}"\n'
+        library += f'policy="{self.policy}"\nboot_links="{self.enabled}/S[0-9][0-9]rabbitmq-server"\n'
         (self.root / "scripts" / "lib.sh").write_text(library)
 
     def environment(self, more: Mapping[str, str]) -> dict[str, str]:
@@ -226,13 +240,13 @@ def test_installing_starts_no_system_rabbitmq(machine: Machine) -> None:
     machine.has(rabbitmq=False, browser=True)
     machine.program("python3", FAKE_PYTHON)
     machine.program("id", "echo 0")
-    machine.program("systemctl", 'echo "systemctl $*" >> "$CALLS"')
-    machine.program("update-rc.d", 'echo "update-rc.d $*" >> "$CALLS"')
+    machine.has_services()
     ask = f'"{machine.policy}" --quiet %s start; echo "%s $?" >> "$CALLS"\n'
     machine.program(
         "apt-get",
         'echo "apt-get $DEBIAN_FRONTEND $*" >> "$CALLS"\n'
-        + "".join(ask % (name, name) for name in ("rabbitmq-server.service", "epmd.socket", "postgresql")),
+        + "".join(ask % (name, name) for name in ("rabbitmq-server.service", "epmd.socket", "postgresql"))
+        + machine.enable("rabbitmq-server.service", "epmd.service", "epmd.socket", "S01rabbitmq-server"),
     )
     machine.run("scripts/start")
     text = "\n".join(machine.calls)
@@ -242,9 +256,24 @@ def test_installing_starts_no_system_rabbitmq(machine: Machine) -> None:
     )
     for answer in ("rabbitmq-server.service 101", "epmd.socket 101", "postgresql 0"):
         assert machine.calls.count(answer) == 2, answer
-    assert re.search(r"^systemctl .*disable rabbitmq-server\.service", text, re.MULTILINE)
+    for unit in ("rabbitmq-server.service", "epmd.service", "epmd.socket"):
+        assert f"systemctl --quiet disable {unit}" in machine.calls
     assert "update-rc.d rabbitmq-server disable" in machine.calls
     assert not machine.policy.exists()
+
+
+def test_services_that_were_enabled_before_stay_so(machine: Machine) -> None:
+    """Another package may have Erlang's port mapper started at boot: only what came with ours is disabled."""
+    machine.has(rabbitmq=False, browser=True)
+    machine.program("python3", FAKE_PYTHON)
+    machine.program("id", "echo 0")
+    machine.has_services()
+    for name in ("epmd.socket", "S01rabbitmq-server"):
+        (machine.enabled / name).touch()
+    machine.program("apt-get", machine.enable("rabbitmq-server.service", "epmd.service", "epmd.socket"))
+    machine.run("scripts/start")
+    disabled = [call for call in machine.calls if call.startswith(("systemctl", "update-rc.d"))]
+    assert disabled == [f"systemctl --quiet disable {unit}.service" for unit in ("rabbitmq-server", "epmd")]
 
 
 def test_a_policy_of_the_administrator_stays(machine: Machine) -> None:
@@ -287,6 +316,7 @@ def test_an_interrupt_leaves_no_half_environment(machine: Machine) -> None:
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=default_signals,
     )
     try:
         eventually((machine.root / ".venv").exists)

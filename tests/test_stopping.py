@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import signal
 import socket
 import threading
@@ -19,7 +20,7 @@ import websocket
 
 from tests.browser import Browser, in_background
 from tests.conftest import RelayFactory
-from tests.harness import Node, RelayProcess, VirtualHost, eventually, is_alive
+from tests.harness import Node, RelayProcess, VirtualHost, eventually, is_alive, plain_environment
 from tests.proxy import Proxy
 from tests.websocket_peer import CLOSE, PING, TEXT, Peer, close_frame, handshake
 
@@ -272,6 +273,31 @@ def test_a_second_signal_ends_it_at_once(
         process.process.send_signal(second)
         assert process.process.wait(30) == 128 + second
     assert f"{second.name} again: ending at once" in process.log
+
+
+def ignore_both() -> None:
+    """Have a new process ignore what `nohup` and a shell's background have it ignore."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_so(broker_url: str, tmp_path: Path) -> None:
+    """`nohup imrelay serve &` outlives the logout and a Ctrl-C that is meant for others; SIGTERM ends it."""
+    arguments = ["serve", "--server-host=127.0.0.1", "--server-port=0", f"--broker-url={broker_url}"]
+    process = RelayProcess(tmp_path / "relay", arguments, plain_environment(), preexec=ignore_both)
+    try:
+        process.wait_until_listening()
+        ignored = int(re.search(r"SigIgn:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16)
+        for number in (signal.SIGHUP, signal.SIGINT):
+            assert ignored & 1 << number - 1
+            process.process.send_signal(number)
+        with Browser(process, "ann") as ann:
+            ann.say("ann", "still here")
+            assert ann.contents_until("still here")
+        assert "stopping" not in process.log
+        assert process.stop(signal.SIGTERM) == 0
+    finally:
+        process.kill()
 
 
 def test_a_stop_while_the_broker_is_away(relay: RelayFactory, broker_url: str) -> None:
