@@ -17,7 +17,11 @@ from tests.traffic import Traffic
 
 
 class Authority:
-    """A certificate authority made by openssl, in a folder of its own."""
+    """A certificate authority made by openssl, in a folder of its own.
+
+    Its certificates have what strict verification asks for (RFC 5280, the default from Python 3.13 on): `keyUsage`
+    in the authority's own, `authorityKeyIdentifier` in those that it issues.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -35,6 +39,8 @@ class Authority:
                 "2",
                 "-subj",
                 "/CN=an authority of the test",
+                "-addext",
+                "keyUsage=critical,keyCertSign,cRLSign",
             ),
         )
 
@@ -42,7 +48,13 @@ class Authority:
         """Make a certificate that holds for an address; return it and its key."""
         certificate, key, request = (self._folder / f"{name}{end}" for end in (".pem", "-key.pem", ".csr"))
         extensions = self._folder / f"{name}.ext"
-        extensions.write_text(f"subjectAltName=IP:{address}\n")
+        extensions.write_text(
+            f"subjectAltName=IP:{address}\n"
+            "basicConstraints=critical,CA:FALSE\n"
+            "keyUsage=critical,digitalSignature\n"
+            "subjectKeyIdentifier=hash\n"
+            "authorityKeyIdentifier=keyid\n"
+        )
         self._openssl(
             *("req", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
             *("-keyout", key, "-out", request, "-subj", f"/CN={name}"),
@@ -53,10 +65,14 @@ class Authority:
         )
         return certificate, key
 
+    def verify_strictly(self, certificate: Path) -> None:
+        """Fail with what openssl says where the certificate does not hold under strict verification."""
+        self._openssl("verify", "-x509_strict", "-CAfile", self.certificate, certificate)
+
     @staticmethod
     def _openssl(*arguments: object) -> None:
         done = subprocess.run(["openssl", *map(str, arguments)], capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,13 @@ def assert_refused(host: RelayProcess, why: str) -> None:
     assert status == 503
     assert "no broker to publish to" in reason
     assert "imrelay:***@" in host.log, "the password stays out of the log"
+
+
+def test_the_certificates_of_the_tests_hold_under_strict_verification(tmp_path: Path) -> None:
+    """On every Python, not only where strict verification is the default."""
+    authority = Authority(tmp_path / "authority")
+    certificate, _ = authority.issue("broker")
+    authority.verify_strictly(certificate)
 
 
 def test_traffic_goes_over_a_verified_connection(tls: Tls, relay: RelayFactory) -> None:
