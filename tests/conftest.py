@@ -15,7 +15,7 @@ import pytest
 from imrelay.broker.connection import Connection
 from imrelay.errors import SetupError
 from tests.gate import Gate
-from tests.harness import Node, RelayProcess, VirtualHost, plain_environment
+from tests.harness import Node, RelayProcess, VirtualHost, plain_environment, restore_signals_for_children
 from tests.websocket_peer import Peer, Server, running_server
 
 #: What a relay of the tests is told where the test says nothing else.
@@ -26,6 +26,9 @@ hypothesis.settings.register_profile(
     "imrelay", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("imrelay")
+
+# Tests send these signals to what they start, however the run itself was started.
+restore_signals_for_children()
 
 #: Guard against hanging, in seconds; no measure of speed.
 _PATIENCE = 20.0

@@ -21,10 +21,10 @@ __all__ = [
     "Node",
     "RelayProcess",
     "VirtualHost",
-    "default_signals",
     "eventually",
     "is_alive",
     "plain_environment",
+    "restore_signals_for_children",
 ]
 
 #: Seconds between two looks at something that gives no event: a broker's lists, a log file.
@@ -107,18 +107,24 @@ def eventually(
         sleep(TICK)
 
 
+def restore_signals_for_children() -> None:
+    """Have the processes that this one starts begin with SIGINT and SIGHUP as they are by default.
+
+    In the background of a non-interactive shell a process ignores SIGINT, under `nohup` SIGHUP, and so do all that
+    it starts: a program that respects this, or a shell that cannot trap it, would not see the test's signal. This
+    process goes on as it was: a handler that does nothing is, unlike "ignored", not inherited by `exec`.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 def plain_environment(**more: str) -> dict[str, str]:
     """Return this process's environment without settings of imrelay, RabbitMQ and Erlang, and with `more`."""
     inherited = {
         key: value for key, value in os.environ.items() if not key.startswith(("IMRELAY_", "RABBITMQ_", "ERL_"))
     }
     return inherited | more
-
-
-def default_signals() -> None:
-    """Have a new process take SIGINT and SIGHUP, also where the tests run in the background or under `nohup`."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def is_alive(pid: int) -> bool:
@@ -342,7 +348,7 @@ class RelayProcess:
         arguments: list[str],
         environment: Mapping[str, str],
         *,
-        preexec: Callable[[], None] = default_signals,
+        preexec: Callable[[], None] | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.log_path = directory / "relay.log"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import default_signals, eventually, plain_environment
+from tests.harness import eventually, plain_environment
 
 ROOT = Path(__file__).parent.parent
 #: What the scripts take from every Debian; all else of a test's machine is made by the test.
@@ -316,7 +316,6 @@ def test_an_interrupt_leaves_no_half_environment(machine: Machine) -> None:
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=default_signals,
     )
     try:
         eventually((machine.root / ".venv").exists)
