@@ -269,9 +269,8 @@ def test_ctrl_c_stops_the_relay_first_and_the_node_cleanly(node: Node, tmp_path:
     relay = RelayProcess(tmp_path / "relay", arguments, plain_environment())
     try:
         relay.wait_for_log("private RabbitMQ ready", 60)
-        url = running_url(data_dir)
-        assert url is not None
-        connect(url).close()
+        # the node is ready a moment before its URL is written
+        connect(eventually(lambda: running_url(data_dir))).close()
         pids = read_pid(data_dir, "node"), read_pid(data_dir, "epmd")
         assert all(os.getpgid(pid) != os.getpgid(relay.pid) for pid in pids)
         began = time.monotonic()
