@@ -38,7 +38,7 @@ SERVER = {"permessage_deflate": True, "max_message_size": 4 << 20, "subprotocols
 
 
 @pytest.fixture(scope="module")
-def tls_server(tmp_path_factory):
+def tls_files(tmp_path_factory):
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl to make a certificate")
     directory = tmp_path_factory.mktemp("tls")
@@ -49,6 +49,12 @@ def tls_server(tmp_path_factory):
         check=True,
         capture_output=True,
     )
+    return certificate, key
+
+
+@pytest.fixture(scope="module")
+def tls_server(tls_files):
+    certificate, key = tls_files
     settings = {"max_message_size": 4 << 20, "close_timeout": 1.0}
     with running_server(certificate=certificate, key=key, **settings) as server:
         yield server
@@ -147,6 +153,21 @@ def test_early_frames_over_tls(tls_server):
         assert peer.read_answer().status == 101
         assert peer.read_message() == "early"
         assert len(peer.read_message()) == 30_000
+
+
+def test_a_tls_handshake_that_never_ends(tls_files):
+    """It falls under `handshake_timeout`, and keeps nobody waiting meanwhile."""
+    certificate, key = tls_files
+    with (
+        running_server(certificate=certificate, key=key, handshake_timeout=0.5) as server,
+        Peer(server) as other,
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE) as silent,
+    ):
+        other.open().assert_alive()
+        silent.send(b"\x16\x03\x01")
+        other.assert_alive()
+        assert silent.recv(100) == b""
+        other.assert_alive()
 
 
 GUNICORN_APPLICATION = """

@@ -265,9 +265,15 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
     """Serve the applications below until killed."""
     import gevent
     from gevent.event import AsyncResult
-    from gevent.pywsgi import WSGIServer
 
-    from imrelay.websocket import ConnectionClosed, Refusal, WebSocketHandler, origin_allowed
+    from imrelay.websocket import (
+        Admission,
+        ConnectionClosed,
+        Listener,
+        Refusal,
+        WebSocketHandler,
+        origin_allowed,
+    )
 
     reports: dict[str, AsyncResult] = {}
 
@@ -478,6 +484,30 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
             }
         elif path == "/body":
             answer = environ["wsgi.input"].read().decode()
+        elif path == "/lines":
+            answer = [line.decode() for line in environ["wsgi.input"]]
+        elif path == "/bytes":
+            answer = "".join(byte.decode() for byte in iter(lambda: environ["wsgi.input"].read(1), b""))
+        elif path == "/swallow":
+            answer = sum(len(piece) for piece in iter(lambda: environ["wsgi.input"].read(65_536), b""))
+        elif path == "/body-raises":
+            try:
+                environ["wsgi.input"].read()
+            except OSError as error:
+                raise RuntimeError("the application did not like the body") from error
+        elif path == "/body-or-500":
+            with contextlib.suppress(OSError):
+                environ["wsgi.input"].read()
+            start_response("500 Internal Server Error", [("Content-Length", "0")])
+            return []
+        elif path == "/body-later":
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            return iter(lambda: environ["wsgi.input"].read(10), b"")  # type: ignore[return-value]
+        elif path == "/big":
+            answer = "x" * int(environ["QUERY_STRING"])
+        elif path == "/slow-answer":
+            start_response("200 OK", [("Connection", "close")])
+            return (gevent.sleep(0.1) or b"part" for _ in range(5))  # type: ignore[return-value]
         else:
             answer = {"method": environ["REQUEST_METHOD"], "path": path}
         body = json.dumps(answer).encode()
@@ -488,8 +518,11 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     settings["subprotocols"] = tuple(settings.get("subprotocols", ()))
     tls = {"certfile": certificate, "keyfile": key} if certificate else {}
+    if "max_http_connections" in settings:
+        settings["admission"] = Admission(settings.pop("max_http_connections"))
+    settings["served_in_a_crowd"] = frozenset(("/health",))
     handler_class = type("TestedHandler", (Handler,), settings)
-    server = WSGIServer(("127.0.0.1", 0), application, handler_class=handler_class, **tls)
+    server = Listener(("127.0.0.1", 0), application, handler_class=handler_class, **tls)
     server.start()
     print(server.server_port, flush=True)
     server.serve_forever()

@@ -1,7 +1,6 @@
 """WebSockets (RFC 6455) for gevent's pywsgi server, on gevent-websocket's handler class.
 
-    from gevent.pywsgi import WSGIServer
-    from imrelay.websocket import WebSocketHandler
+    from imrelay.websocket import Listener, WebSocketHandler
 
     def echo(environ, start_response):
         websocket = environ["wsgi.websocket"]
@@ -9,26 +8,37 @@
             websocket.send(message)
         return []
 
-    WSGIServer(("127.0.0.1", 8080), echo, handler_class=WebSocketHandler).serve_forever()
+    Listener(("127.0.0.1", 8080), echo, handler_class=WebSocketHandler).serve_forever()
+
+`Listener` is pywsgi's `WSGIServer` and may be exchanged for it. That one waits for TLS handshakes without a
+deadline, each in a greenlet of its own, unless it is given `do_handshake_on_connect=False`.
 
 From the socket upwards: `wire` is the TCP connection with its `outbox`; `frames`, `parser` and `deflate` stand
 between bytes and messages; `conversation` is what goes on in the hub, `connection` what an application has of it;
-`sweeper` keeps the deadlines of all sockets, `turns` their order. How it begins: `request_handler`, `handshake`,
-`handler`.
+`sweeper` keeps the deadlines of all sockets, `turns` their order. How it begins: `head`, `body`,
+`answers`, `admission`, `request_handler` for HTTP, then `handshake`, `handler`.
 """
 
+from imrelay.websocket.admission import CROWD, Admission, RefusalLog
 from imrelay.websocket.connection import WebSocket
 from imrelay.websocket.errors import ConcurrentReceive, ConnectionClosed, FrameError, WebSocketError
 from imrelay.websocket.handler import WebSocketHandler
-from imrelay.websocket.handshake import Refusal, origin_allowed
+from imrelay.websocket.handshake import Refusal, is_loopback, names_loopback, origin_allowed
+from imrelay.websocket.listener import Listener
 
 __all__ = [
+    "CROWD",
+    "Admission",
     "ConcurrentReceive",
     "ConnectionClosed",
     "FrameError",
+    "Listener",
     "Refusal",
+    "RefusalLog",
     "WebSocket",
     "WebSocketError",
     "WebSocketHandler",
+    "is_loopback",
+    "names_loopback",
     "origin_allowed",
 ]

@@ -6,7 +6,6 @@ import io
 from typing import Any
 
 import gevent
-from gevent.pywsgi import WSGIHandler
 
 from imrelay.websocket.connection import WebSocket
 from imrelay.websocket.errors import ConnectionClosed
@@ -67,7 +66,7 @@ class WebSocketHandler(RequestHandler):
         """Upgrade, refuse, or serve plain HTTP."""
         environ = self.environ
         if not is_upgrade(environ):
-            WSGIHandler.run_application(self)
+            self.run_plain()
             return
         handshake = check_handshake(
             environ, subprotocols=self.subprotocols, permessage_deflate=self.permessage_deflate
@@ -75,17 +74,22 @@ class WebSocketHandler(RequestHandler):
         if isinstance(handshake, Refusal):
             self._answer(handshake)
             return
-        refusal = self.refuse(environ)
-        if refusal is not None:
-            self._answer(refusal)
-            return
+        self._leave_http()  # the hook counts it in its own way
         websocket = None
         try:
-            websocket = self._upgrade(handshake)
+            refusal = self.refuse(environ)
+            if refusal is None:
+                try:
+                    websocket = self._upgrade(handshake)
+                finally:
+                    if websocket is None:
+                        self.abandoned(environ)
         finally:
             if websocket is None:
                 self.close_connection = True
-                self.abandoned(environ)
+                self._come_back()
+        if refusal is not None:
+            self._answer(refusal)
         if websocket is not None:
             del environ
             self._run_websocket(websocket)
@@ -111,7 +115,7 @@ class WebSocketHandler(RequestHandler):
             return None
         self.rfile.detach().close()
         self.rfile = environ["wsgi.input"] = io.BytesIO()
-        self.wsgi_input.rfile = self.rfile
+        self._reader = None
         self.headers = type(self).headers
         self.response_headers = []
         websocket = WebSocket(

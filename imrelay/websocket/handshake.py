@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,20 @@ from typing import Any
 
 from imrelay.websocket.deflate import Deflate, negotiate_deflate
 
-__all__ = ["Handshake", "Refusal", "check_handshake", "is_upgrade", "origin_allowed"]
+__all__ = [
+    "Handshake",
+    "Refusal",
+    "check_handshake",
+    "is_loopback",
+    "is_upgrade",
+    "names_loopback",
+    "origin_allowed",
+]
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 _KEY = re.compile(r"[A-Za-z0-9+/]{22}==")
-_HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]+)(?::(?P<port>[0-9]{0,5}))?")
+#: A Host header: a name, an IPv4 address or one of IPv6 in brackets, and a port (RFC 9110 section 7.2).
+HOST = re.compile(r"(?P<host>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+;=-]+)(?::(?P<port>[0-9]{0,5}))?")
 _ORIGIN = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<netloc>.+)")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -56,7 +66,7 @@ def check_handshake(
         return _bad("a WebSocket handshake is a GET")
     if not _is_http_1_1(environ.get("SERVER_PROTOCOL", "")):
         return _bad("a WebSocket handshake needs HTTP/1.1")
-    if _HOST.fullmatch(environ.get("HTTP_HOST", "")) is None:
+    if HOST.fullmatch(environ.get("HTTP_HOST", "")) is None:
         return _bad("the Host header is missing or malformed")
     if "upgrade" not in _tokens(environ.get("HTTP_CONNECTION", "").lower()):
         return _bad("the Connection header does not name Upgrade")
@@ -104,6 +114,35 @@ def origin_allowed(environ: Mapping[str, Any], allowed: Sequence[str]) -> bool:
     return named == (host, port)
 
 
+def is_loopback(address: Any) -> bool:
+    """Tell whether a socket's address (`getsockname`) is one that only programs of this machine reach.
+
+    A Unix socket has a path and no address: only a proxy reaches it, and that one knows its own names.
+    """
+    return isinstance(address, tuple) and _is_loopback_ip(str(address[0]))
+
+
+def names_loopback(host: str) -> bool:
+    """Tell whether a Host header names this machine as nobody's DNS can: localhost, 127.0.0.0/8 or [::1].
+
+    A page of evil.example whose name is suddenly said to be 127.0.0.1 still sends `Host: evil.example`.
+    """
+    match = HOST.fullmatch(host)
+    if match is None:
+        return False
+    name = match["host"].lower().removesuffix(".")
+    return name == "localhost" or name.endswith(".localhost") or _is_loopback_ip(name.strip("[]"))
+
+
+def _is_loopback_ip(text: str) -> bool:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
 def _bad(message: str) -> Refusal:
     return Refusal(400, "bad_handshake", message)
 
@@ -127,7 +166,7 @@ def _parse_origin(origin: str) -> tuple[str, str, int] | None:
 
 
 def _parse_netloc(netloc: str, default_port: int | None) -> tuple[str, int] | None:
-    match = _HOST.fullmatch(netloc)
+    match = HOST.fullmatch(netloc)
     if match is None:
         return None
     port = int(match["port"]) if match["port"] else default_port

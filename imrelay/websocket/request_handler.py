@@ -1,28 +1,42 @@
-"""HTTP up to the application, on gevent-websocket's handler class: heads in time, whole refusals, the log."""
+"""HTTP up to the application, on gevent-websocket's handler class: bounds, whole refusals, the log.
+
+The names of pywsgi that are not public and are used here: `Input._discard`, `WSGIHandler._sendall`,
+`_handle_client_error`, `_connection_upgrade_requested`, `_orig_status`.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
+import io
+import logging
 import socket
+import struct
 from datetime import timedelta
-from http import HTTPStatus
-from http.client import HTTPException
 from typing import Any
 
 import gevent
 from gevent.pywsgi import WSGIHandler
 from geventwebsocket.handler import WebSocketHandler
 
+from imrelay.websocket.admission import CROWD_SECONDS, Admission, Place
+from imrelay.websocket.answers import Logged, body_of, phrase_of, whole_answer
+from imrelay.websocket.body import NO_BODY, Allowance, RequestBody, SocketReader
 from imrelay.websocket.handshake import Refusal
+from imrelay.websocket.head import Framing, Malformed, check_request_line, check_target, framing_of, read_fields
+from imrelay.websocket.turns import yield_turn
 
 __all__ = ["RequestHandler"]
 
-#: Bytes of request headers, all together.
-MAX_HEAD = 32_768
+logger = logging.getLogger(__name__)
+
+#: Bytes of a body that are read behind the answer, so that the connection can be kept; with more it is closed.
+DRAIN_BYTES = 65_536
 #: Seconds and bytes for which input is drained behind a refusal, so that the answer arrives.
 LINGER_SECONDS, LINGER_BYTES = 1.0, 262_144
 #: What the access log says of bytes that were no request.
 _NO_REQUEST = {"RAW_URI": "-", "REQUEST_METHOD": "-", "SERVER_PROTOCOL": "-"}
+_FULL = Refusal(503, "too_many_connections", "this server has as many HTTP connections as it may; try again later")
 
 
 class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no types
@@ -30,42 +44,82 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
 
     #: For each request's head in seconds, from the end of the request before: an idle connection is closed, too.
     handshake_timeout = 10.0
+    #: Seconds that a request may wait for its body, all reads together.
+    body_timeout = 60.0
+    #: Seconds that an answer may wait for the client to take it, all writes together.
+    answer_timeout = 60.0
+    #: Bytes of a request's body; None leaves it to the application how much it reads.
+    max_body_size: int | None = None
+    #: Bounds the connections of this process that are no WebSockets; None leaves that to the server.
+    admission: Admission | None = None
+    #: Paths that are served though the connections are at their bound, for those who watch over the server.
+    served_in_a_crowd: frozenset[str] = frozenset()
 
     _deadline: gevent.Timeout | None = None
+    #: Whether the connection is counted in `admission`, and came when that was full.
+    _is_counted = _is_crowded = False
+    #: The greenlet that waits for the head of one of the crowd.
+    _undecided: gevent.Greenlet | None = None
+    _framing: Framing
+    close_connection: bool
     environ: dict[str, Any]
     headers: Any
+    path: str
     requestline: str | None
     response_headers: list[Any] | None
     rfile: Any
+    wsgi_input: RequestBody
+
+    def __init__(self, sock: Any, address: Any, server: Any) -> None:
+        self._reader: SocketReader | None = SocketReader(sock)
+        super().__init__(sock, address, server, io.BufferedReader(self._reader))
+        self._taking = Allowance(self.answer_timeout)
 
     def handle(self) -> None:
         """Serve one connection, as pywsgi asks for."""
         if getattr(self.socket, "family", None) in (socket.AF_INET, socket.AF_INET6):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().handle()
+        place = Place.FREE if self.admission is None else self.admission.enter()
+        if place is Place.NONE:
+            self._turn_away()
+            return
+        self._is_counted, self._is_crowded = self.admission is not None, place is Place.CROWDED
+        try:
+            super().handle()
+        finally:
+            self._leave_http()
 
     def handle_one_request(self) -> Any:
         """Serve one request, whose head has to be there in time; answer malformed ones with a JSON body."""
         if self.requestline is not None:
-            gevent.sleep(0)  # pipelined requests take turns with everybody else's
+            yield_turn()  # pipelined requests take turns with everybody else's
         self.requestline = None
         self.environ = {}
         self._begun = False
-        deadline = self._deadline = gevent.Timeout.start_new(self.handshake_timeout)
+        self._taking = Allowance(self.answer_timeout)
+        seconds = self.handshake_timeout
+        if self._is_crowded and self.admission is not None:
+            seconds = min(seconds, CROWD_SECONDS)
+            self._undecided = gevent.getcurrent()
+            self.admission.listen_to(self._end_head)
+        deadline = self._deadline = gevent.Timeout.start_new(seconds)
         try:
             result = super().handle_one_request()
         except gevent.Timeout as timeout:
             if timeout is not deadline:
                 raise
-            if not self._begun:
-                return None  # nothing was asked for
-            self._answer_malformed(Refusal(408, "request_timeout", "the request took too long"))
-            return None
+            if self._is_crowded:
+                self._turn_away()
+            elif self._begun:
+                self._answer_malformed(Refusal(408, "request_timeout", "the request took too long"))
+            return None  # else nothing was asked for
         finally:
             self._end_deadline()
         if isinstance(result, tuple):
-            status = int(result[0].split()[0])
-            self._answer_malformed(Refusal(status, "bad_request", "the request is malformed"))
+            status, refusal = result
+            if not isinstance(refusal, Refusal):
+                refusal = Refusal(int(status.split()[0]), "bad_request", "the request is malformed")
+            self._answer_malformed(refusal)
             return None
         return result
 
@@ -77,8 +131,12 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
 
     def read_request(self, raw_requestline: str) -> Any:
         """Read the headers; the deadline is for them."""
+        check_request_line(raw_requestline)
         result = super().read_request(raw_requestline)
         self._end_deadline()
+        expected = self.headers.get("expect", "100-continue")
+        if expected.lower() != "100-continue":
+            raise Malformed("the only Expect that is understood is 100-continue", 417, "expectation_failed")
         return result
 
     def _end_deadline(self) -> None:
@@ -86,40 +144,132 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         deadline, self._deadline = self._deadline, None
         if deadline is not None:
             deadline.close()
+        if self._is_crowded and self.admission is not None:
+            self.admission.has_spoken(self._end_head)
+
+    def _end_head(self) -> None:
+        """Have the deadline of the head pass at once; called by `admission`, in another connection's greenlet."""
+        gevent.get_hub().loop.run_callback(self._throw_deadline)
+
+    def _throw_deadline(self) -> None:
+        if self._deadline is not None and self._undecided is not None:
+            self._undecided.throw(self._deadline)
 
     def MessageClass(self, *args: Any) -> Any:  # noqa: N802 - the name is pywsgi's
-        """Read the headers from a stream that ends with an error at `MAX_HEAD` bytes."""
-        try:
-            return super().MessageClass(_Head(self.rfile), *args[1:])
-        except HTTPException as error:
-            raise ValueError(f"malformed headers: {error}") from error
+        """Read the headers, have them parsed, and check them before pywsgi makes anything of them."""
+        self.path, host = check_target(self.path, self.command)
+        headers = super().MessageClass(io.BytesIO(read_fields(self.rfile)), *args[1:])
+        if host is not None and len(headers.get_all("host", [])) < 2:
+            del headers["host"]
+            headers["Host"] = host
+        self._framing = framing_of(headers, self.request_version)
+        return headers
+
+    def _handle_client_error(self, error: Exception) -> tuple[str, Refusal | None]:
+        """Called by pywsgi for a request that cannot be read; return status and refusal for the answer."""
+        if not isinstance(error, ValueError | OSError):
+            logger.exception("reading a request failed")
+        logger.debug("from %s: %s", self.client_address, ascii(str(error)))
+        return ("400", error.refusal if isinstance(error, Malformed) else None)
 
     def _connection_upgrade_requested(self) -> bool:
         """Keep pywsgi from handing out the bare stream: an application reads its request's body alone."""
         return False
 
-    def log_request(self) -> None:
-        """Write the access log where the server keeps it: pywsgi's, or gunicorn's."""
-        access = getattr(self.server.log, "access", None)
-        if access is None:
-            WSGIHandler.log_request(self)
-        else:
-            took = timedelta(seconds=max(0.0, self.time_finish - self.time_start))
-            access(_Logged(self), list(self.headers.items()), {**_NO_REQUEST, **self.environ}, took)
-
     def get_environ(self) -> dict[str, Any]:
         """Return the environ of one request; RAW_URI is what gunicorn's access log asks for."""
         environ: dict[str, Any] = super().get_environ()
         environ["RAW_URI"] = self.path
+        environ["wsgi.input"] = self.wsgi_input = self._make_body(environ)
         return environ
 
+    def _make_body(self, environ: dict[str, Any]) -> RequestBody:
+        framing = self._framing
+        if not framing.length and not framing.chunked:
+            return NO_BODY
+        if self._reader is not None:
+            self._reader.allowance = Allowance(self.body_timeout)
+        expects = "HTTP_EXPECT" in environ and self.request_version == "HTTP/1.1"
+        return RequestBody(
+            self.rfile,
+            length=framing.length,
+            chunked=framing.chunked,
+            max_size=self.max_body_size,
+            before=self._proceed if expects else None,
+        )
+
+    def _proceed(self) -> None:
+        """Tell a client that waits for it to send its body."""
+        if not self.headers_sent:
+            with self._taking:
+                self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    # -- answers ---------------------------------------------------------------------------------------------
+
+    def handle_one_response(self) -> None:
+        """Answer one request, and see to what is left of its body."""
+        super().handle_one_response()
+        body, self.wsgi_input = self.wsgi_input, NO_BODY
+        if not body.is_complete and (self.close_connection or not body.drain(DRAIN_BYTES)):
+            self.close_connection = True
+            self._linger()
+        if self._reader is not None:
+            self._reader.allowance = None
+
+    def run_plain(self) -> None:
+        """Have the application answer, unless the request is to be refused, or its body turns out to be."""
+        failure = self.wsgi_input.failure
+        if self._is_crowded:
+            self.close_connection = True
+            if self.environ["PATH_INFO"] not in self.served_in_a_crowd:
+                self._answer(_FULL)
+                return
+        try:
+            if failure is not None:
+                raise failure
+            WSGIHandler.run_application(self)
+        except Exception:
+            failure = self.wsgi_input.failure
+            if failure is None:
+                raise
+            self.close_connection = True
+            if not self.headers_sent:
+                self._answer(failure.refusal)
+
+    def process_result(self) -> None:
+        """Send what the application answers; what it made of a broken body is none."""
+        failure = self.wsgi_input.failure
+        if failure is not None and not self.headers_sent:
+            self._answer(failure.refusal)
+        else:
+            super().process_result()
+
+    def finalize_headers(self) -> None:
+        """Say so where the connection will be closed behind this answer."""
+        if self.wsgi_input.unread > DRAIN_BYTES:
+            self.close_connection = True
+        if self.close_connection and self.code != 101:
+            assert self.response_headers is not None
+            if not any(name.lower() == b"connection" for name, _ in self.response_headers):
+                self.response_headers.append((b"Connection", b"close"))
+        super().finalize_headers()
+
+    def _sendall(self, data: bytes) -> None:
+        """Called by pywsgi with each part of an answer; ends the connection of who does not take it."""
+        try:
+            with self._taking:
+                super()._sendall(data)
+        except TimeoutError:
+            self._reset()
+            self.status = "socket error: the client did not take the answer in time"
+            raise ConnectionResetError(errno.ECONNRESET, "the client did not take the answer in time") from None
+
     def _answer(self, refusal: Refusal) -> None:
-        """Refuse the upgrade, and see that the answer arrives."""
-        body = _body(refusal)
-        self.wsgi_input.content_length = 0  # nothing of a body is waited for
-        self.wsgi_input.chunked_input = False
+        """Refuse a request, and see that the answer arrives."""
+        body = body_of(refusal)
+        self.wsgi_input = NO_BODY  # nothing of it is waited for
         self.start_response(
-            f"{refusal.status} {_phrase(refusal.status)}",
+            f"{refusal.status} {phrase_of(refusal.status)}",
             [
                 ("Content-Type", "application/json"),
                 ("Content-Length", str(len(body))),
@@ -133,25 +283,65 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
 
     def _answer_malformed(self, refusal: Refusal) -> None:
         """Refuse what is no request, as far as pywsgi is concerned."""
-        body = _body(refusal)
-        self.status = f"{refusal.status} {_phrase(refusal.status)}"
-        head = (
-            f"HTTP/1.1 {self.status}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        )
-        self._orig_status = self.status
+        head, body = whole_answer(refusal)
+        self.status = self._orig_status = f"{refusal.status} {phrase_of(refusal.status)}"
         self.response_headers = []
         self.response_length = len(body)
         self.time_finish = self.time_start
         try:
-            self.socket.sendall(head.encode() + body)
+            with self._taking:
+                self.socket.sendall(head + body)
             self._linger()
+        except TimeoutError:
+            self._reset()
         except OSError:
             pass  # the peer did not wait for it
         self.log_request()
 
+    def log_request(self) -> None:
+        """Write the access log where the server keeps it: pywsgi's, or gunicorn's."""
+        access = getattr(self.server.log, "access", None)
+        if access is None:
+            WSGIHandler.log_request(self)
+        else:
+            took = timedelta(seconds=max(0.0, self.time_finish - self.time_start))
+            access(Logged(self), list(self.headers.items()), {**_NO_REQUEST, **self.environ}, took)
+
+    # -- the connection --------------------------------------------------------------------------------------
+
+    def _leave_http(self) -> None:
+        """No longer count the connection as one of plain HTTP. Idempotent."""
+        if self._is_counted and self.admission is not None:
+            self._is_counted = False
+            self.admission.leave()
+
+    def _come_back(self) -> None:
+        """Count it again: it became no WebSocket."""
+        if self.admission is not None:
+            self._is_counted = True
+            self.admission.come_back()
+
+    def _turn_away(self) -> None:
+        """Refuse a connection without a look at what it wants, and without a turn for anybody else."""
+        try:
+            self.socket.settimeout(0.0)
+            self.socket.send(b"".join(whole_answer(_FULL)))
+            self.socket.shutdown(socket.SHUT_WR)
+            self.socket.recv(16_384)  # a close with unread input would reset the connection
+        except OSError:
+            pass  # it is gone, or has sent nothing
+        finally:
+            self.socket.close()
+
+    def _reset(self) -> None:
+        """Have the kernel forget what it still holds for a client that does not read."""
+        with contextlib.suppress(OSError):  # it is gone already
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
     def _linger(self) -> None:
         """Send FIN and drain what still comes: a close with unread input would reset the connection."""
+        if self._is_crowded:
+            return  # others need the place
         self.socket.settimeout(LINGER_SECONDS)
         deadline = gevent.Timeout.start_new(LINGER_SECONDS)
         try:
@@ -162,7 +352,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
                 if not data:
                     break
                 left -= len(data)
-                gevent.sleep(0)
+                yield_turn()
         except OSError:
             pass  # the peer is gone, or slow
         except gevent.Timeout as timeout:
@@ -170,41 +360,3 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
                 raise
         finally:
             deadline.close()
-
-
-class _Head:
-    """Lines of a request's head, `MAX_HEAD` bytes together at most."""
-
-    __slots__ = ("_left", "_stream")
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._left = MAX_HEAD
-
-    def readline(self, size: int = -1) -> bytes:
-        line: bytes = self._stream.readline(min(size, self._left) if size >= 0 else self._left)
-        self._left -= len(line)
-        if self._left <= 0:
-            raise ValueError(f"request head is over {MAX_HEAD} bytes")
-        return line
-
-
-class _Logged:
-    """The answer as gunicorn's access log takes it."""
-
-    def __init__(self, handler: RequestHandler) -> None:
-        status = handler.status
-        self.status = status.decode("latin-1") if isinstance(status, bytes) else status or "000"
-        self.headers = handler.response_headers or []
-        self.sent = handler.response_length
-
-
-def _body(refusal: Refusal) -> bytes:
-    return json.dumps({"error": {"code": refusal.code, "message": refusal.message}}).encode()
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Refused"

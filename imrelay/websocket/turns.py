@@ -12,9 +12,10 @@ from collections.abc import Callable
 from time import monotonic
 from weakref import WeakKeyDictionary
 
-from gevent.hub import Hub
+from gevent.hub import Hub, get_hub
+from gevent.hub import Waiter as _Waiter
 
-__all__ = ["Turns", "turns_of"]
+__all__ = ["Turns", "turns_of", "yield_turn"]
 
 #: Seconds of one round, after which the event loop polls.
 _ROUND = 0.002
@@ -23,11 +24,13 @@ _ROUND = 0.002
 class Turns:
     """Calls what was added, each once and in order, a short round in each turn of the event loop."""
 
-    __slots__ = ("__weakref__", "_pid", "_queue", "_timer")
+    __slots__ = ("__weakref__", "_idle", "_pid", "_queue")
 
     def __init__(self, hub: Hub) -> None:
         self._queue: deque[Callable[[], None]] = deque()
-        self._timer = hub.loop.timer(0.0)
+        # Not a timer: with one that is due the event loop would wait for a millisecond where nothing else happens.
+        # The priority is the highest, or else it would be called only when no socket has anything.
+        self._idle = hub.loop.idle(priority=hub.loop.MAXPRI)
         self._pid = os.getpid()
 
     @property
@@ -38,7 +41,7 @@ class Turns:
     def add(self, callback: Callable[[], None]) -> None:
         """Call `callback` in the hub, once, when it is its turn; it must not block nor raise."""
         if not self._queue:
-            self._timer.start(self._run_round)
+            self._idle.start(self._run_round)
         self._queue.append(callback)
 
     def _run_round(self) -> None:
@@ -48,8 +51,8 @@ class Turns:
             queue.popleft()()
             if monotonic() >= until:
                 break
-        if queue:
-            self._timer.start(self._run_round)
+        if not queue:
+            self._idle.stop()
 
 
 _turns: WeakKeyDictionary[Hub, Turns] = WeakKeyDictionary()
@@ -61,3 +64,14 @@ def turns_of(hub: Hub) -> Turns:
     if turns is None or not turns.is_of_this_process:
         turns = _turns[hub] = Turns(hub)
     return turns
+
+
+def yield_turn() -> None:
+    """Let everybody else have a turn, sockets that have become readable included; called in a greenlet.
+
+    `gevent.sleep(0)` comes back up to 50 times before the event loop looks at its sockets again.
+    """
+    hub = get_hub()
+    waiter = _Waiter(hub)
+    turns_of(hub).add(lambda: waiter.switch(None))  # does nothing where the greenlet was killed meanwhile
+    waiter.get()
