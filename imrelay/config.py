@@ -162,6 +162,13 @@ class BrokerConfig:
         low=1,
         high=1_000_000,
     )
+    publish_queue_bytes: int = _setting(
+        67_108_864,
+        "the same in bytes; one message that is larger than that waits alone",
+        unit="bytes",
+        low=65_536,
+        high=1 << 40,
+    )
     publish_timeout: float = _setting(
         10.0,
         "a message that is not confirmed for so long is answered with broker_unavailable",

@@ -9,7 +9,8 @@ ImrelayError
 │   ├── FromMismatch       from_mismatch
 │   ├── RecipientUnknown   recipient_unknown
 │   ├── InboxFull          inbox_full            (temporary)
-│   └── BrokerUnavailable  broker_unavailable    (temporary)
+│   ├── TooLarge           too_large
+│   └── BrokerUnavailable  broker_unavailable    (temporary; perhaps uncertain)
 ├── BadId                  a user's id is against the rules
 └── ChannelLost            an AMQP channel ended under its user
 """
@@ -29,6 +30,7 @@ __all__ = [
     "InboxFull",
     "RecipientUnknown",
     "SetupError",
+    "TooLarge",
 ]
 
 
@@ -66,6 +68,8 @@ class AnswerableError(ImrelayError):
     code = "error"
     #: Whether the same message may be accepted later.
     temporary = False
+    #: Whether the message may arrive all the same.
+    uncertain = False
 
     def __init__(self, sentence: str, message_id: str | int | None = None) -> None:
         super().__init__(sentence)
@@ -97,17 +101,30 @@ class RecipientUnknown(AnswerableError):
 
 
 class InboxFull(AnswerableError):
-    """The broker refused the message (`basic.nack`): the recipient's inbox is at its limit."""
+    """The broker refused the message (`basic.nack`): the recipient's inbox is at its limit.
+
+    It is not kept; but sockets that stood by have queues of their own, which may have taken it.
+    """
 
     code = "inbox_full"
     temporary = True
 
 
+class TooLarge(AnswerableError):
+    """The message is larger than what the broker takes (`max_message_size` in rabbitmq.conf)."""
+
+    code = "too_large"
+
+
 class BrokerUnavailable(AnswerableError):
-    """The broker did not confirm the message in time."""
+    """The broker did not confirm the message in time; `uncertain` where it may have left this process."""
 
     code = "broker_unavailable"
     temporary = True
+
+    def __init__(self, sentence: str, message_id: str | int | None = None, *, uncertain: bool = False) -> None:
+        super().__init__(sentence, message_id)
+        self.uncertain = uncertain
 
 
 class ChannelLost(ImrelayError):

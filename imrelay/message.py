@@ -36,6 +36,8 @@ def error_frame(error: AnswerableError) -> bytes:
         fields["id"] = error.message_id
     if error.temporary:
         fields["temporary"] = True
+    if error.uncertain:
+        fields["uncertain"] = True
     return _dump({"error": fields}).encode()
 
 

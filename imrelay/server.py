@@ -62,6 +62,8 @@ class Relay:
             timeout=broker.publish_timeout,
             persistent=broker.persistent,
             create_unknown=config.inbox.unknown_recipient == "create",
+            queue_bytes=broker.publish_queue_bytes,
+            inbox_expires=config.inbox.expires,
             on_exchange_lost=self._consumers.rebind,
         )
         self._hub = Hub(config.server.max_connections)

@@ -24,11 +24,12 @@ from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.publication import Publication
 from imrelay.broker.publisher import Publisher
 from imrelay.config import WebSocketConfig
-from imrelay.errors import AnswerableError, BrokerUnavailable
+from imrelay.errors import AnswerableError, BrokerUnavailable, InboxFull
 from imrelay.hub import Hub
 from imrelay.message import ack_frame, error_frame, to_node
 from imrelay.mid import MessageIds
 from imrelay.protocol import V1, Frame, choose
+from imrelay.resends import Resends
 from imrelay.submission import ClientAck, ClientPing, Submission, parse
 from imrelay.websocket import ConnectionClosed, WebSocket
 
@@ -83,6 +84,7 @@ class Session:
         "_paid",
         "_protocol",
         "_received",
+        "_resends",
         "_sent",
         "_services",
         "_since",
@@ -101,6 +103,7 @@ class Session:
         self._owed = 0
         self._paid = Bell()
         self._received = self._sent = 0
+        self._resends: Resends | None = None
         #: Close code and reason for when the writer has nothing left to do.
         self._farewell = (1000, "")
         self._since = time.monotonic()
@@ -200,7 +203,7 @@ class Session:
                 try:
                     frame = parse(payload, binary, self.user)
                     if isinstance(frame, Submission):
-                        self._submit(frame)
+                        self._submit(frame, payload)
                     else:
                         self._control(frame)
                 except AnswerableError as error:
@@ -220,12 +223,18 @@ class Session:
         else:
             self._pay(1)
 
-    def _submit(self, submission: Submission) -> None:
-        """Hand a message to the publisher; blocks while that is full. Raises `AnswerableError`."""
+    def _submit(self, submission: Submission, sent: bytes) -> None:
+        """Hand a message to the publisher; blocks while that is full. Raises `AnswerableError`.
+
+        It keeps its message id where its sender was told that it may have arrived and sends the same bytes again.
+        """
         if self._services.hub.is_draining:
             raise BrokerUnavailable("the relay is stopping; this message was not accepted", submission.message_id)
         body = to_node(submission.body, submission.binary) if self._services.node_envelope else submission.body
-        mid, time_ms = self._services.mids.next()
+        again = None
+        if self._resends is not None and submission.message_id is not None:
+            again = self._resends.find(submission.message_id, sent, submission.binary)
+        mid, time_ms = again or self._services.mids.next()
         publication = Publication(
             submission.to,
             body,
@@ -234,6 +243,7 @@ class Session:
             time_ms,
             submission.message_id,
             self._answer,
+            sent,
         )
         try:
             self._services.publisher.publish(publication)
@@ -245,8 +255,19 @@ class Session:
         """Tell the browser what became of its message; called by the publisher, from anywhere."""
         if error is not None:
             error.message_id = publication.message_id
+            if publication.message_id is not None and (error.uncertain or isinstance(error, InboxFull)):
+                self._resends = self._resends or Resends()
+                self._resends.remember(
+                    publication.message_id,
+                    publication.sent,
+                    publication.binary,
+                    publication.mid,
+                    publication.time_ms,
+                )
             self._mailbox.put(error_frame(error))
         elif publication.message_id is not None:
+            if self._resends is not None:
+                self._resends.forget(publication.message_id)
             self._mailbox.put(ack_frame(publication.message_id, publication.mid, publication.time_ms))
         else:
             self._pay(1)

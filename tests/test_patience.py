@@ -139,11 +139,6 @@ def send(publisher: Publisher, mid: str, message_id: str | None = None) -> list[
     return answers
 
 
-def test_the_first_message_to_somebody_is_waited_for(publisher: Spied) -> None:
-    """What follows to the same user waits for it."""
-    assert publisher.haste[0]
-
-
 def test_a_message_without_an_id_is_in_no_hurry(publisher: Spied) -> None:
     """Nobody waits for the answer to a message without an id."""
     publisher.haste.clear()

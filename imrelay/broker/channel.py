@@ -152,6 +152,15 @@ class Channel:
         wire.expect(at_once=at_once)
         wire.emit_now(frames)
 
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the kernel has not yet taken all that this connection was to send."""
+        return bool(self._pika.connection.has_unsent)
+
+    def watch_drained(self, on_drained: Callable[[], None]) -> None:
+        """Have `on_drained` called, in the hub, whenever `has_unsent` ends; of one channel of a connection."""
+        self._pika.connection.on_drained = on_drained
+
     def close(self) -> None:
         """Close the channel: what was not acknowledged goes back to its queue. Returns at once; idempotent.
 

@@ -1,22 +1,264 @@
-"""A detour: what waits for one user until it is known whether that user's inbox is there."""
+"""Detours: what waits for one user until it is known that the user's inbox is there.
+
+    asked --> there --> over                                the inbox is made sure of, and all goes on
+      ^         |
+      |         +-----> alone --> over                      quorum inboxes: the first message goes alone
+      +---------------- returned                            an inbox that was there is gone: once more
+
+Order between one sender and one recipient is kept by this: what is to be published to a user with a detour waits
+in it, and a detour goes on only when the broker has answered for all that was under way to the user before.
+"""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
+from collections.abc import Callable, Sequence
 
+import gevent
+
+from imrelay.broker.connection import Connection
+from imrelay.broker.ledger import Ledger
+from imrelay.broker.opening import offer
 from imrelay.broker.publication import Publication
+from imrelay.broker.topology import Topology
+from imrelay.broker.ways import Way, Ways
+from imrelay.errors import ChannelLost, InboxFull, RecipientUnknown
 
-__all__ = ["Detour"]
+__all__ = ["Detour", "Detours"]
+
+logger = logging.getLogger(__name__)
+
+#: Pause before a message is offered again, or an inbox asked for again, in seconds.
+_PAUSE = 0.5
+#: The longest pause before an inbox is asked for again, after it could not be opened again and again, in seconds.
+_LONGEST_PAUSE = 5.0
+#: How often a refused message that went alone is offered again.
+_OFFERS = 6
 
 
 class Detour:
-    """Messages to one user that wait until it is known where those under way have gone."""
+    """Messages to one user that wait until the user's inbox was made sure of."""
 
-    __slots__ = ("in_flight", "is_alone", "returned", "waiting")
+    __slots__ = (
+        "alone",
+        "asked",
+        "failures",
+        "in_flight",
+        "is_asked",
+        "is_there",
+        "returned",
+        "user",
+        "waiting",
+        "way",
+    )
 
-    def __init__(self, in_flight: int, *, is_alone: bool = False) -> None:
+    def __init__(self, user: str, in_flight: int, way: Way | None) -> None:
+        self.user = user
+        #: Messages under way to the user, of those before the detour or the one that goes alone.
         self.in_flight = in_flight
-        #: Whether it began with the one message under way.
-        self.is_alone = is_alone
+        #: What was known of the inbox before, and then what is.
+        self.way = way
+        #: Whether the inbox is being asked for, and how many messages waited then.
+        self.is_asked = False
+        self.asked = 0
+        self.is_there = False
         self.returned: list[Publication] = []
         self.waiting: deque[Publication] = deque()
+        self.alone: Publication | None = None
+        #: How often in a row the inbox could not be asked for, or what was published to it came back.
+        self.failures = 0
+
+
+class Detours:
+    """The detours of one channel. What is called from the hub or the publisher's greenlet does not block.
+
+    `ways` holds what is known of inboxes on this channel; `ask` has one made sure of, `requeue` has messages
+    published before all others, and `renew` is to open another channel.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        connection: Connection,
+        topology: Topology,
+        ways: Ways,
+        *,
+        persistent: bool,
+        ask: Callable[[Detour], None],
+        requeue: Callable[[Sequence[Publication]], None],
+        renew: Callable[[], None],
+    ) -> None:
+        #: The detours by user.
+        self.by_user: dict[str, Detour] = {}
+        self._ledger = ledger
+        self._connection = connection
+        self._topology = topology
+        self._persistent = persistent
+        self._ways = ways
+        self._ask = ask
+        self._requeue = requeue
+        self._renew = renew
+
+    def clear(self) -> None:
+        """Forget all of them: the channel was lost, and all that waited has been queued again."""
+        self.by_user = {}
+
+    def begin(self, publication: Publication, in_flight: int) -> None:
+        """Have a message wait until its user's inbox was made sure of; so many are under way to the user."""
+        detour = Detour(publication.user, in_flight, self._ways.find(publication.user))
+        detour.waiting.append(publication)
+        self.by_user[publication.user] = detour
+        self._make_sure(detour)  # while what is under way is answered
+
+    def note_returned(self, publication: Publication, in_flight: int) -> None:
+        """A message came back (`basic.return`), of so many that are under way to the user; its confirm follows."""
+        user = publication.user
+        if user not in self.by_user:
+            self.by_user[user] = Detour(user, in_flight, self._ways.find(user))
+        self._ways.forget(user)
+
+    def settle(self, publication: Publication, accepted: bool) -> None:
+        """The broker has answered for a message (`basic.ack`, `basic.nack`), or it will never be published."""
+        detour = self.by_user.get(publication.user)
+        if detour is not None:
+            detour.in_flight -= 1
+            if detour.alone is publication and not accepted:
+                gevent.spawn(self._run_offers, publication, detour).name = f"offers:{publication.user}"
+                return
+            if publication.returned:
+                detour.returned.append(publication)
+        if not accepted:
+            self._refuse(publication)
+        elif not publication.returned:
+            self._ledger.answer(publication, None)
+        if detour is not None:
+            self._advance(detour)
+
+    def skip(self, publication: Publication) -> None:
+        """A message was answered before its turn came: if it was to go alone, another one is."""
+        detour = self.by_user.get(publication.user)
+        if detour is not None and detour.alone is publication:
+            detour.in_flight -= 1
+            detour.alone = None
+            self._advance(detour)
+
+    def checked(self, detour: Detour, outcome: Way | Exception | None) -> None:
+        """The inbox of a user was made sure of, or is not there, or nobody knows."""
+        if self.by_user.get(detour.user) is not detour:
+            return
+        detour.is_asked = False
+        if isinstance(outcome, Exception):
+            self._make_sure_later(detour)
+            return
+        detour.is_there = outcome is not None
+        if outcome is None:
+            for publication in [detour.waiting.popleft() for _ in range(min(detour.asked, len(detour.waiting)))]:
+                self._ledger.answer(publication, RecipientUnknown("nobody with this id was ever here"))
+        else:
+            detour.way = outcome
+        self._advance(detour)
+
+    def prune(self) -> None:
+        """Keep nothing of what was answered meanwhile."""
+        for detour in self.by_user.values():
+            before = len(detour.waiting)
+            # what had been asked for stands at the front
+            gone = sum(publication.done for publication in list(detour.waiting)[: detour.asked])
+            detour.asked = max(0, detour.asked - gone)
+            if before:
+                detour.waiting = deque(publication for publication in detour.waiting if not publication.done)
+
+    def _advance(self, detour: Detour) -> None:
+        """Take the next step, when all that was under way to the user has been answered."""
+        if detour.in_flight or detour.is_asked:
+            return
+        if detour.returned:
+            self._take_back(detour)
+            return
+        while detour.waiting and detour.waiting[0].done:
+            detour.waiting.popleft()
+        if not detour.is_there:
+            if detour.waiting:
+                self._make_sure(detour)
+            else:
+                del self.by_user[detour.user]
+            return
+        assert detour.way is not None
+        is_met = detour.alone is not None or self._ways.find(detour.user) is not None
+        if self._topology.is_replicated and not is_met and detour.waiting:
+            detour.alone = detour.waiting.popleft()
+            detour.in_flight = 1
+            self._requeue([detour.alone])
+            return
+        del self.by_user[detour.user]
+        self._ways.remember(detour.user, detour.way)
+        self._requeue(detour.waiting)
+
+    def _take_back(self, detour: Detour) -> None:
+        """Put what came back before what waits, and make sure of the inbox once more: not in a tight loop."""
+        returned = [publication for publication in detour.returned if not publication.done]
+        for publication in returned:
+            publication.returned = False
+        again = max((publication.returns for publication in returned), default=0) > 1
+        detour.returned = []
+        detour.alone = None
+        detour.is_there = False
+        detour.waiting.extendleft(reversed(returned))
+        if again:
+            self._make_sure_later(detour)
+        else:
+            self._advance(detour)
+
+    def _make_sure(self, detour: Detour) -> None:
+        detour.is_asked = True
+        self._ask(detour)
+
+    def _make_sure_later(self, detour: Detour) -> None:
+        detour.is_asked = True
+        pause = min(_PAUSE * 2**detour.failures, _LONGEST_PAUSE)
+        detour.failures = min(detour.failures + 1, 10)
+        gevent.spawn_later(pause, self._run_again, detour).name = f"again:{detour.user}"
+
+    def _run_again(self, detour: Detour) -> None:
+        if self.by_user.get(detour.user) is detour:
+            detour.is_asked = False
+            self._advance(detour)
+
+    def _refuse(self, publication: Publication) -> None:
+        sentence = "the recipient's inbox is full: this message is not kept and will not be delivered later"
+        more = "sockets of the recipient that stood by may have shown it"
+        self._ledger.answer(publication, InboxFull(f"{sentence}; {more}"))
+
+    def _run_offers(self, publication: Publication, detour: Detour) -> None:
+        """Find out whether an inbox that has refused a message is full, or had no leader at that moment.
+
+        RabbitMQ goes on to refuse what comes over a channel whose first message found a quorum queue without a
+        leader (3.10). So it is offered over fresh ones; when that is taken, the publisher needs a fresh one too.
+        """
+        accepted = False
+        for _ in range(_OFFERS):
+            gevent.sleep(_PAUSE)
+            if self.by_user.get(publication.user) is not detour or publication.done:
+                break
+            left = publication.deadline - time.monotonic()
+            try:
+                accepted = offer(
+                    self._connection, self._topology, publication, persistent=self._persistent, timeout=left
+                )
+            except ChannelLost as exc:
+                logger.debug("message %s could not be offered again: %s", publication.mid, exc)
+            except Exception:  # the detour has to end, or the user would never be reached again
+                logger.exception("message %s could not be offered again", publication.mid)
+            if accepted:
+                break
+        if accepted:
+            self._ledger.answer(publication, None)
+        if self.by_user.get(publication.user) is not detour:  # the channel was lost, and all is queued again
+            return
+        if accepted:
+            self._renew()
+        else:
+            self._refuse(publication)
+            self._advance(detour)

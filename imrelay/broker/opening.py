@@ -1,19 +1,40 @@
-"""Reaching an inbox from the sender's side: opening one for who never came, and offering a message once more."""
+"""Reaching inboxes from the sender's side: making sure of them, one or many, and offering a message once more."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from gevent.event import AsyncResult
+from pika.amqp_object import Method
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
 from imrelay.broker.publication import Publication
-from imrelay.broker.topology import AS_IT_STANDS, Topology
+from imrelay.broker.topology import AS_IT_STANDS, Keep, Topology
 from imrelay.errors import ChannelLost
 
-__all__ = ["inbox_exists", "offer", "open_inbox"]
+__all__ = ["inbox_exists", "methods_for", "offer", "open_inbox"]
 
 #: `channel.close` codes of AMQP 0-9-1.
 _NOT_FOUND, _PRECONDITION_FAILED = 404, 406
+#: What RabbitMQ says where an inbox was made with another `x-expires`; it compares that argument first.
+_OTHER_EXPIRY = re.compile(r"inequivalent arg 'x-expires'(?:.*current is .*?(\d+|none))?", re.DOTALL)
+#: What is assumed where it cannot be read what that inbox has, in seconds.
+_UNREADABLE_EXPIRY = 2.0
+
+
+def methods_for(topology: Topology, users: Iterable[tuple[str, Keep]], *, create: bool) -> list[Method]:
+    """Return what makes sure of inboxes in one round trip; each is answered by one `queue.declare-ok`, or two.
+
+    It opens an inbox that is not there, or without `create` has the broker refuse with 404; and binds it again.
+    """
+    methods: list[Method] = []
+    for user, keep in users:
+        if not create:
+            methods.append(topology.ask_inbox(user))
+        methods += [*topology.declare_user(user, keep), topology.ask_inbox(user)]
+    return methods
 
 
 def inbox_exists(connection: Connection, topology: Topology, user: str) -> bool:
@@ -22,7 +43,8 @@ def inbox_exists(connection: Connection, topology: Topology, user: str) -> bool:
     try:
         channel.call(topology.ask_inbox(user))
     except ChannelLost as exc:
-        if exc.reply_code == _NOT_FOUND:
+        # a queue whose node is down is not found either, but "home node … is down or inaccessible"
+        if exc.reply_code == _NOT_FOUND and "no queue" in exc.reason:
             return False
         raise
     finally:
@@ -30,18 +52,33 @@ def inbox_exists(connection: Connection, topology: Topology, user: str) -> bool:
     return True
 
 
-def open_inbox(connection: Connection, topology: Topology, user: str) -> None:
-    """Declare and bind the user's inbox, or find it standing with whatever arguments. Raises `ChannelLost`."""
+def open_inbox(connection: Connection, topology: Topology, user: str) -> tuple[Keep, float | None]:
+    """Declare and bind the user's inbox, or find it standing with whatever arguments.
+
+    Returns as what it is accepted, and its `x-expires` in seconds where that is another one than the topology's
+    (0: never; None: the same). Raises `ChannelLost`.
+    """
+    expires: float | None = None
     for keep in AS_IT_STANDS:
         channel = Channel(connection)
         try:
             channel.call(*topology.declare_user(user, keep), topology.ask_inbox(user))
-            return
+            return keep, expires
         except ChannelLost as exc:
             if exc.reply_code != _PRECONDITION_FAILED or keep is AS_IT_STANDS[-1]:
                 raise
+            found = _OTHER_EXPIRY.search(exc.reason)
+            if found is not None:
+                expires = _expiry(found[1])
         finally:
             channel.close()
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _expiry(current: str | None) -> float:
+    if current is None:
+        return _UNREADABLE_EXPIRY
+    return 0.0 if current == "none" else int(current) / 1000
 
 
 def offer(

@@ -13,17 +13,21 @@ OnDone = Callable[["Publication", AnswerableError | None], None]
 
 
 class Publication:
-    """A message on its way to the broker."""
+    """A message on its way to the broker. `sent` is what its sender sent; without it, the same as `body`."""
 
     __slots__ = (
         "binary",
         "body",
         "deadline",
         "done",
+        "handed_over",
         "message_id",
         "mid",
         "on_done",
+        "refusals",
         "returned",
+        "returns",
+        "sent",
         "time_ms",
         "user",
     )
@@ -37,9 +41,12 @@ class Publication:
         time_ms: int,
         message_id: str | int | None,
         on_done: OnDone,
+        sent: bytes | None = None,
     ) -> None:
         self.user = user
+        #: Empty once it is done.
         self.body = body
+        self.sent = body if sent is None else sent
         self.binary = binary
         self.mid = mid
         #: Milliseconds since 1970.
@@ -48,7 +55,12 @@ class Publication:
         self.message_id = message_id
         self.on_done = on_done
         self.done = False
-        #: Whether the broker sent it back (`basic.return`): there is no inbox.
+        #: Whether it may have left this process, over this connection or one before, and may arrive.
+        self.handed_over = False
+        #: Whether the broker sent it back (`basic.return`): there is no inbox. And how often it did.
         self.returned = False
+        self.returns = 0
+        #: How often the broker closed a connection while it was the only one under way.
+        self.refusals = 0
         #: By the clock of `time.monotonic`; set when it is queued.
         self.deadline = 0.0

@@ -3,11 +3,10 @@
 Messages wait in a bounded queue, go out in batches with `mandatory`, and are done when the broker has confirmed
 them. What a lost connection leaves unconfirmed is published again, in order and with the same message id.
 
-Order between one sender and one recipient needs care in one case, the recipient whose inbox may not exist: the
-first message to an id that this process has not yet reached goes alone, and what follows waits in a `Detour`
-until it is known where that one went. A returned one opens the inbox (or is refused, by configuration). In a
-cluster, a refused one (`basic.nack`) may have met an inbox whose leader is just being elected: it is offered again
-on a fresh channel before its inbox counts as full, which could not be done in order if others were under way.
+A message is handed over when it is written to the connection. As long as the kernel has not taken all of that, and
+while too many are not confirmed, the next ones stay in the queue, from which they are withdrawn when their time is
+over. Before the first message to a user, and when what is known is out of date, the user's inbox is made sure of:
+messages wait in a `Detour` for that, as they do after one came back.
 """
 
 from __future__ import annotations
@@ -15,26 +14,24 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import gevent
-from gevent.lock import Semaphore
+from gevent.event import Event
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
-from imrelay.broker.detour import Detour
+from imrelay.broker.detour import Detours
 from imrelay.broker.frames import PublishTemplate
+from imrelay.broker.inbox_check import InboxCheck
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.mailbox import Bell
-from imrelay.broker.opening import inbox_exists, offer, open_inbox
 from imrelay.broker.publication import Publication
+from imrelay.broker.refusals import Refusals
 from imrelay.broker.topology import Topology
-from imrelay.errors import (
-    BadMessage,
-    ChannelLost,
-    InboxFull,
-    RecipientUnknown,
-)
+from imrelay.broker.under_way import UnderWay
+from imrelay.broker.ways import Way, Ways
+from imrelay.errors import BadMessage, ChannelLost
 from imrelay.forever import run_for_ever
 
 __all__ = ["Publisher"]
@@ -43,18 +40,12 @@ logger = logging.getLogger(__name__)
 
 #: How often the deadlines of waiting messages are looked at, in seconds.
 _SWEEP = 0.2
-#: Messages that are published before other greenlets get their turn.
-_BATCH = 128
-#: Ids that are remembered as reached; at most twice as many.
-_REACHED = 10_000
+#: Messages, and bytes of their bodies (or one larger message), that are published before others get their turn.
+_BATCH, _BATCH_BYTES = 128, 65_536
 #: Pause after the channel went with its connection, in seconds.
 _LOST_PAUSE = 0.02
-#: Pause after the broker has refused the publisher's channel or an inbox, in seconds.
-_REFUSED_PAUSE = 0.5
-#: How often a refused message that went alone is offered again, with `_REFUSED_PAUSE` before each.
-_OFFERS = 6
-#: Inboxes that are being opened at the same time, each over a channel of its own.
-_OPENINGS = 16
+#: Pause after a fault of the publisher's own, in seconds.
+_FAULT_PAUSE = 0.5
 #: `channel.close` code of AMQP 0-9-1.
 _NOT_FOUND = 404
 
@@ -63,8 +54,9 @@ class Publisher:
     """Publishes for all sessions of this process, on a connection of its own.
 
     `on_exchange_lost` is called when the exchange had been deleted and is declared anew: its bindings are gone.
-    `queue_size` bounds the messages that are not yet answered; `timeout` (seconds) is the longest time that one
-    waits for its answer, and the longest that `publish` blocks for room.
+    `queue_size` and `queue_bytes` bound the messages that are not yet answered; `queue_size` also those that were
+    handed over and not confirmed. `timeout` (seconds) is the longest time that a message waits for its answer, and
+    the longest that `publish` blocks for room. `inbox_expires` is the `x-expires` of new inboxes (seconds).
     """
 
     def __init__(
@@ -76,37 +68,56 @@ class Publisher:
         timeout: float,
         persistent: bool,
         create_unknown: bool,
+        queue_bytes: int = 1 << 26,
+        inbox_expires: float = 0.0,
         on_exchange_lost: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = new_connection("publish", self._on_state)
         self._topology = topology
         self._persistent = persistent
-        self._create_unknown = create_unknown
         self._on_exchange_lost = on_exchange_lost
+        self._clock = clock
         self._exchange_is_lost = False
-        self._ledger = Ledger(queue_size, timeout)
+        self._ledger = Ledger(queue_size, timeout, queue_bytes)
         self._queue: deque[Publication] = deque()
-        #: By delivery tag; all below `_next_tag` are confirmed.
-        self._unconfirmed: dict[int, Publication] = {}
-        self._next_tag = 1
+        self._under_way = UnderWay()
+        self._max_under_way = queue_size
         #: The last one whose sender waits for its answer.
         self._awaited_tag = 0
-        self._detours: dict[str, Detour] = {}
-        self._openings = Semaphore(_OPENINGS)
-        #: Method frames to those whose inbox is there.
-        self._reached: dict[str, bytes] = {}
-        self._reached_before: dict[str, bytes] = {}
+        self._ways = Ways()
+        self._check = InboxCheck(
+            self._connection,
+            topology,
+            lambda detour, outcome: self._detours.checked(detour, outcome),
+            create=create_unknown,
+            expires=inbox_expires,
+            clock=clock,
+        )
+        self._detours = Detours(
+            self._ledger,
+            self._connection,
+            topology,
+            self._ways,
+            persistent=persistent,
+            ask=self._check.ask,
+            requeue=self._requeue,
+            renew=self._leave,
+        )
+        self._refusals = Refusals(clock)
         self._channel: Channel | None = None
+        #: Why the last channel ended, until that was dealt with.
+        self._lost: ChannelLost | None = None
         self._template: PublishTemplate | None = None
-        self._tag = 0
         self._bell = Bell()
         self._stopped = False
+        self._stopping = Event()
         self._greenlets: list[gevent.Greenlet] = []
 
     def start(self) -> None:
         """Begin to connect and to publish; returns at once."""
         self._connection.start()
-        for role in (self._run_publisher, self._run_deadlines):
+        for role in (self._run_publisher, self._run_deadlines, self._run_checks):
             self._greenlets.append(run_for_ever(role, name=role.__name__.removeprefix("_run_")))
 
     def flush(self, timeout: float) -> int:
@@ -116,7 +127,9 @@ class Publisher:
     def stop(self) -> None:
         """End it; what is still waiting is answered with `BrokerUnavailable`."""
         self._stopped = True
+        self._stopping.set()
         self._bell.ring()
+        self._check.stop()
         self._ledger.close()
         self._connection.close()
         gevent.joinall(self._greenlets, timeout=2)
@@ -134,31 +147,52 @@ class Publisher:
     def publish(self, publication: Publication) -> None:
         """Queue a message; blocks while there is no room. Its `on_done` will be called once.
 
-        Raises `BrokerUnavailable` when there was no room within the time limit, or the publisher was stopped.
+        Raises `BrokerUnavailable` when there was no room within the time limit, or the publisher was stopped, and
+        `TooLarge` for a message over what the broker is known to take.
         """
+        self._refusals.check_size(publication.body)
         self._ledger.add(publication)
         if not self._queue:  # else it has been rung, or waits for something else
             self._bell.ring()
         self._queue.append(publication)
 
     def _on_state(self, state: State) -> None:
+        if state is State.WAITING:
+            self._refusals.forget_limit()
         self._bell.ring()
 
     def _run_publisher(self) -> None:
         while not self._stopped:
             try:
+                self._recover()
                 if self._channel is None:
                     self._open()
                 self._drain()
             except ChannelLost as exc:
-                self._channel = None
-                if exc.reply_code and not self._stopped:
-                    logger.warning("the broker refused the publisher's channel: %s", exc)
-                gevent.sleep(_REFUSED_PAUSE if exc.reply_code else _LOST_PAUSE)
+                self._on_lost(exc)
             except Exception:
                 logger.exception("the publisher met a fault of its own and begins anew")
                 self._leave()
-                gevent.sleep(_REFUSED_PAUSE)
+                gevent.sleep(_FAULT_PAUSE)
+
+    def _run_checks(self) -> None:
+        self._check.run()
+
+    def _recover(self) -> None:
+        """After the loss of a channel, answer for what the broker has refused, and pause."""
+        lost, self._lost = self._lost, None
+        if lost is None or self._stopped:
+            return
+        self._channel = None
+        under_way = self._under_way.clear()
+        if not self._refusals.is_one(lost):
+            self._stopping.wait(_LOST_PAUSE)
+            return
+        for publication, error in self._refusals.judge(lost, under_way, self._ledger):
+            self._ledger.answer(publication, error)
+        pause = self._refusals.pause
+        logger.warning("the broker refused what was published; going on in %.1f s: %s", pause, ascii(lost.reason))
+        self._stopping.wait(pause)
 
     def _open(self) -> None:
         """Open a channel on the next connection, and queue again all that was not confirmed on the last."""
@@ -168,167 +202,122 @@ class Publisher:
         channel = Channel(self._connection, on_lost=self._on_lost)
         channel.call(self._topology.declare_exchange())
         channel.confirm(self._on_confirm, self._on_return)
+        channel.watch_drained(self._bell.ring)
         self._template = channel.prepare(self._topology.exchange, persistent=self._persistent)
         if channel.lost is not None:  # in the same read as the last answer
             raise channel.lost
         if self._exchange_is_lost:
             self._exchange_is_lost = False
             self._on_exchange_lost()
-        self._unconfirmed.clear()
+        self._under_way.clear()
         self._detours.clear()
-        self._reached.clear()  # on another node the way to an inbox is another one
-        self._reached_before.clear()
+        self._check.forget()
+        self._ways.clear()
+        self._refusals.prune()
         self._queue = deque(self._ledger)
         for publication in self._queue:
             publication.returned = False
         if self._queue:
             logger.info("publishing %d messages again or at last", len(self._queue))
-        self._tag = self._awaited_tag = 0
-        self._next_tag = 1
+        self._awaited_tag = 0
         self._channel = channel
         self._bell.ring()
 
     def _drain(self) -> None:
         """Publish what is queued, until the channel is lost; blocks while there is nothing to do."""
         while self._channel is not None and not self._stopped:
-            if not self._queue or self._connection.state is not State.OPEN:
+            if not self._queue or not self._may_publish(self._channel):
                 self._bell.wait()
             else:
                 self._publish_some(self._channel)
                 if self._queue:
                     gevent.sleep(0)
 
+    def _may_publish(self, channel: Channel) -> bool:
+        """Tell whether the next message may be handed over."""
+        most = 1 if self._refusals.suspects else self._max_under_way
+        return (
+            len(self._under_way) < most
+            and not channel.has_unsent
+            and self._connection.state is State.OPEN  # and not blocked
+        )
+
     def _publish_some(self, channel: Channel) -> None:
         """Publish up to `_BATCH` of what is queued in one go."""
-        queue, detours, reached, unconfirmed = self._queue, self._detours, self._reached, self._unconfirmed
+        queue, by_user, ways, under_way = self._queue, self._detours.by_user, self._ways.recent, self._under_way
         encode = self._prepared.encode_content
+        now = self._clock()
+        room = 1 if self._refusals.suspects else min(_BATCH, self._max_under_way - len(under_way))
         frames: list[bytes] = []
-        for _ in range(min(len(queue), _BATCH)):
+        size = 0
+        for _ in range(min(len(queue), room)):
             publication = queue.popleft()
             if publication.done:
+                self._detours.skip(publication)
                 continue
+            size += len(publication.body)
+            if size > _BATCH_BYTES and frames:
+                queue.appendleft(publication)
+                break
             user = publication.user
-            if detours and user in detours:
-                detours[user].waiting.append(publication)
+            way = ways.get(user)
+            if by_user and user in by_user:
+                detour = by_user[user]
+                if detour.alone is not publication:
+                    detour.waiting.append(publication)
+                    continue
+                way = detour.way
+            elif way is None or way.until <= now:
+                way = self._find_way(publication, now)
+            if way is None:
                 continue
             try:
-                method = reached.get(user) or self._find_way(user)
+                method = way.method or self._encode_method(way, user)
                 content = encode(publication.mid, publication.binary, publication.body)
             except ValueError:  # AMQP has no room for it: that one must not end the publisher of all
                 logger.exception("message %s cannot be published", publication.mid)
                 self._ledger.answer(publication, BadMessage("this message cannot be published"))
-                self._settle(publication, accepted=True)  # nothing of it is under way any more
+                self._detours.skip(publication)
                 continue
             frames += (method, content)
-            self._tag += 1
-            unconfirmed[self._tag] = publication
+            tag = under_way.add(publication)
             if publication.message_id is not None:
-                self._awaited_tag = self._tag
+                self._awaited_tag = tag
         if frames:
-            is_awaited = self._awaited_tag in unconfirmed or self._ledger.is_filling
-            channel.publish(b"".join(frames), at_once=is_awaited or bool(detours))
+            is_awaited = self._awaited_tag in under_way.by_tag or self._ledger.is_filling
+            hurry = is_awaited or bool(by_user) or bool(self._refusals.suspects)
+            channel.publish(b"".join(frames), at_once=hurry)
 
-    def _find_way(self, user: str) -> bytes:
-        """Return the method frame for a user who is not in `_reached`; raises `ValueError`."""
-        method = self._reached_before.get(user)
-        if method is not None:
-            self._remember(user, method)
-            return method
-        method = self._prepared.encode_method(user)
-        self._detours[user] = Detour(in_flight=1, is_alone=True)
-        return method
+    def _find_way(self, publication: Publication, now: float) -> Way | None:
+        """Return the way to a user who is not in the newer part of `_ways`; None: the message waits for it."""
+        user = publication.user
+        way = self._ways.find(user)
+        if way is not None and way.until > now:
+            return way
+        # nothing is under way to somebody of whom nothing is known on this channel
+        self._detours.begin(publication, 0 if way is None else self._under_way.count(user))
+        return None
+
+    def _encode_method(self, way: Way, user: str) -> bytes:
+        way.method = self._prepared.encode_method(user)
+        return way.method
 
     @property
     def _prepared(self) -> PublishTemplate:
         assert self._template is not None  # it comes with the channel
         return self._template
 
+    def _requeue(self, publications: Sequence[Publication]) -> None:
+        """Have messages published before all that is queued."""
+        self._queue.extendleft(reversed(publications))
+        self._bell.ring()
+
     def _on_lost(self, lost: ChannelLost) -> None:
-        """The channel ended; in the hub."""
-        if lost.reply_code:
-            logger.warning("the broker closed the publisher's channel: %s", lost)
+        """The channel ended; in the hub too."""
+        self._lost = lost
         self._exchange_is_lost = self._exchange_is_lost or lost.reply_code == _NOT_FOUND
         self._channel = None
         self._bell.ring()
-
-    def _on_return(self, mid: str | None) -> None:
-        """A message came back: its user has no inbox (`basic.return`); its `basic.ack` follows. In the hub."""
-        publication = self._ledger.find(mid or "")
-        if publication is None:
-            return
-        publication.returned = True
-        user = publication.user
-        self._reached.pop(user, None)
-        self._reached_before.pop(user, None)
-        if user not in self._detours:
-            in_flight = sum(other.user == user for other in self._unconfirmed.values())
-            self._detours[user] = Detour(in_flight)
-
-    def _on_confirm(self, tag: int, multiple: bool, accepted: bool) -> None:
-        """The broker has taken or refused one or more messages (`basic.ack`, `basic.nack`); in the hub."""
-        if not multiple:
-            publication = self._unconfirmed.pop(tag, None)
-            if publication is not None:
-                self._settle(publication, accepted)
-            return
-        while self._next_tag <= tag:
-            publication = self._unconfirmed.pop(self._next_tag, None)
-            self._next_tag += 1
-            if publication is None:
-                continue
-            if accepted and not self._detours:
-                self._ledger.answer(publication, None)
-            else:
-                self._settle(publication, accepted)
-
-    def _settle(self, publication: Publication, accepted: bool) -> None:
-        detour = self._detours.get(publication.user)
-        if detour is not None:
-            detour.in_flight -= 1
-            if publication.returned:
-                detour.returned.append(publication)
-        if not accepted and detour is not None and detour.is_alone and self._topology.is_replicated:
-            gevent.spawn(self._run_offers, publication, detour).name = f"offers:{publication.user}"
-            return
-        if not accepted:
-            self._refuse(publication)
-        elif not publication.returned:
-            self._ledger.answer(publication, None)
-        if detour is not None and not detour.in_flight:
-            self._end_detour(publication.user, detour)
-
-    def _refuse(self, publication: Publication) -> None:
-        self._ledger.answer(publication, InboxFull("the recipient's inbox is full; try again later"))
-
-    def _run_offers(self, publication: Publication, detour: Detour) -> None:
-        """Find out whether an inbox that has refused a message is full, or had no leader at that moment.
-
-        RabbitMQ goes on to refuse what comes over a channel whose first message found a quorum queue without a
-        leader (3.10). So it is offered over fresh ones; when that is taken, the publisher needs a fresh one too.
-        """
-        accepted = False
-        for _ in range(_OFFERS):
-            gevent.sleep(_REFUSED_PAUSE)
-            if self._detours.get(publication.user) is not detour or publication.done:
-                break
-            left = publication.deadline - time.monotonic()
-            try:
-                accepted = offer(
-                    self._connection, self._topology, publication, persistent=self._persistent, timeout=left
-                )
-            except ChannelLost as exc:
-                logger.debug("message %s could not be offered again: %s", publication.mid, exc)
-            if accepted:
-                break
-        if accepted:
-            self._ledger.answer(publication, None)
-        if self._detours.get(publication.user) is not detour:  # the channel was lost, and all is queued again
-            return
-        if accepted:
-            self._leave()
-        else:
-            self._refuse(publication)
-            self._end_detour(publication.user, detour)
 
     def _leave(self) -> None:
         """Close the channel; the publisher opens another one, and publishes again what was not confirmed."""
@@ -337,51 +326,23 @@ class Publisher:
             channel.close()
         self._bell.ring()
 
-    def _end_detour(self, user: str, detour: Detour) -> None:
-        """All that was under way to this user has been answered by the broker; in the hub."""
-        if detour.returned:
-            gevent.spawn(self._run_opening, user, detour).name = f"opening:{user}"
-        else:
-            self._remember(user, self._prepared.encode_method(user))
-            self._resume(user, detour)
+    def _on_return(self, mid: str | None) -> None:
+        """A message came back: its user has no inbox (`basic.return`); its `basic.ack` follows. In the hub."""
+        publication = self._under_way.take_back(mid or "")
+        if publication is not None:
+            self._detours.note_returned(publication, self._under_way.count(publication.user))
 
-    def _run_opening(self, user: str, detour: Detour) -> None:
-        """Open the inbox of a user whom nothing reaches, then publish again what came back.
-
-        Where unknown recipients are refused, an inbox that is there has only lost its bindings and gets them back.
-        """
-        try:
-            with self._openings:
-                is_open = self._create_unknown or inbox_exists(self._connection, self._topology, user)
-                if is_open:
-                    open_inbox(self._connection, self._topology, user)
-            if is_open:
-                self._remember(user, self._prepared.encode_method(user))
+    def _on_confirm(self, tag: int, multiple: bool, accepted: bool) -> None:
+        """The broker has taken or refused one or more messages (`basic.ack`, `basic.nack`); in the hub."""
+        is_plain = accepted and not self._detours.by_user and not self._refusals.suspects
+        for publication in self._under_way.take(tag, multiple):
+            if is_plain:
+                self._ledger.answer(publication, None)
             else:
-                for publication in detour.returned:
-                    self._ledger.answer(publication, RecipientUnknown("nobody with this id was ever here"))
-        except ChannelLost as exc:
-            logger.warning("the inbox of %s could not be opened: %s", ascii(user), exc)
-            gevent.sleep(_REFUSED_PAUSE)
-        if self._detours.get(user) is detour:
-            for publication in detour.returned:
-                publication.returned = False
-            detour.waiting.extendleft(reversed(detour.returned))
-        self._resume(user, detour)
-
-    def _resume(self, user: str, detour: Detour) -> None:
-        """Queue again what waited; after the loss of the channel all has been, and the detour is void."""
-        if self._detours.get(user) is not detour:
-            return
-        del self._detours[user]
-        self._queue.extendleft(reversed(detour.waiting))
-        self._bell.ring()
-
-    def _remember(self, user: str, method: bytes) -> None:
-        if len(self._reached) >= _REACHED:
-            self._reached_before = self._reached.copy()
-            self._reached.clear()
-        self._reached[user] = method
+                self._refusals.clear(publication)
+                self._detours.settle(publication, accepted)
+        if self._queue:  # which may have waited for this
+            self._bell.ring()
 
     def _run_deadlines(self) -> None:
         """Answer what the broker did not confirm in time; deadlines are in the order of acceptance."""
@@ -389,5 +350,6 @@ class Publisher:
             gevent.sleep(_SWEEP)
             if self._ledger.expire():  # while the broker is away, what has been answered must not pile up
                 self._queue = deque(publication for publication in self._queue if not publication.done)
-                for detour in self._detours.values():
-                    detour.waiting = deque(publication for publication in detour.waiting if not publication.done)
+                self._detours.prune()
+                self._refusals.prune()
+                self._bell.ring()

@@ -106,12 +106,20 @@ class Wire(GeventConnection):  # type: ignore[misc]
         self._is_patient = False
         self._patience = self._hub.loop.timer(_LATER, _LATER)
         self._raw: Any = None
+        #: Called when the kernel has taken all that was to be sent, after it had not for a while; in the hub.
+        self.on_drained: Callable[[], None] | None = None
         super().__init__(parameters, custom_ioloop=_ioloop(), **callbacks)
 
     @property
     def body_max(self) -> int:
         """The largest payload of a body frame, in bytes; known once the connection is open."""
         return int(self._body_max_length)
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the kernel has not yet taken all that was to be sent: the broker reads more slowly."""
+        transport = self._transport
+        return bool(self._unsent) or (transport is not None and transport.get_write_buffer_size() > 0)
 
     def emit(self, frames: bytes) -> None:
         """Send complete frames, together with all others of this turn of the loop. May be called from the hub."""
@@ -185,9 +193,19 @@ class Wire(GeventConnection):  # type: ignore[misc]
 
     def _proto_connection_made(self, transport: Any) -> None:
         super()._proto_connection_made(transport)
+        produce = transport._produce
+        transport._produce = lambda: self._produce(transport, produce)
         if type(transport) is _AsyncPlaintextTransport:
             self._raw = getattr(transport._sock, "_sock", transport._sock)  # below gevent's
             self._nbio.set_reader(transport._sock.fileno(), self._on_readable)
+
+    def _produce(self, transport: Any, produce: Callable[[], None]) -> None:
+        """Have pika write what it has buffered, and tell when that was all; it raises where the kernel is full."""
+        try:
+            produce()
+        finally:
+            if self.on_drained is not None and not transport.get_write_buffer_size():
+                self.on_drained()
 
     def _proto_connection_lost(self, error: BaseException | None) -> None:
         self._raw = None

@@ -1,0 +1,168 @@
+"""Making sure that users have an inbox, before a message is published to them: many in one round trip.
+
+That a mandatory message does not come back is no proof of an inbox: any other queue bound for that user keeps it
+from coming back. So inboxes are declared and bound first, or asked for where nobody's is to be created.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import gevent
+from gevent.lock import Semaphore
+
+from imrelay.broker.channel import Channel
+from imrelay.broker.connection import Connection
+from imrelay.broker.detour import Detour
+from imrelay.broker.mailbox import Bell
+from imrelay.broker.opening import inbox_exists, methods_for, open_inbox
+from imrelay.broker.topology import AS_IT_STANDS, Keep, Topology
+from imrelay.broker.ways import Way
+from imrelay.errors import ChannelLost
+
+__all__ = ["InboxCheck", "Outcome"]
+
+logger = logging.getLogger(__name__)
+
+#: Users of one round trip.
+_BATCH = 64
+#: Into how many parts a batch is divided that the broker refuses for one of its users.
+_PARTS = 8
+#: Channels on which such parts are checked at the same time.
+_PARALLEL = 16
+#: What is known is out of date after so many seconds, and after half of the inbox's expiry.
+_KNOWN_FOR = 60.0
+#: Seconds between two warnings.
+_WARN_INTERVAL = 5.0
+
+#: The way to the inbox; None: there is none, and none is to be opened; or why that is not known.
+Outcome = Way | Exception | None
+
+
+class InboxCheck:
+    """Makes sure of inboxes over the publisher's connection; `on_checked` is called with each outcome.
+
+    `create`: inboxes that are not there are opened. `expires`: the `x-expires` of the topology, in seconds.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        topology: Topology,
+        on_checked: Callable[[Detour, Outcome], None],
+        *,
+        create: bool,
+        expires: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._connection = connection
+        self._topology = topology
+        self._on_checked = on_checked
+        self._create = create
+        self._expires = expires
+        self._clock = clock
+        self._queue: deque[Detour] = deque()
+        self._bell = Bell()
+        #: Stays open for all batches, until the broker refuses one.
+        self._channel: Channel | None = None
+        self._parallel = Semaphore(_PARALLEL)
+        self._stopped = False
+        self._warned_at = -_WARN_INTERVAL
+
+    def ask(self, detour: Detour) -> None:
+        """Have a user's inbox made sure of, together with others; returns at once."""
+        detour.asked = len(detour.waiting)
+        self._queue.append(detour)
+        self._bell.ring()
+
+    def forget(self) -> None:
+        """Check none of those who wait: all is void."""
+        self._queue.clear()
+
+    def stop(self) -> None:
+        """End `run`."""
+        self._stopped = True
+        self._bell.ring()
+
+    def run(self) -> None:
+        """Check those who wait, batch by batch, until it is stopped."""
+        while not self._stopped:
+            if not self._queue:
+                self._bell.wait()
+                continue
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
+            try:
+                if self._channel is None:
+                    self._channel = Channel(self._connection)
+                self._check_batch(self._channel, batch)
+            except ChannelLost as exc:
+                self._channel = None
+                if exc.reply_code:
+                    self._divide(batch, exc)
+                else:
+                    self._fail(batch, exc)
+            except Exception as exc:
+                self._fail(batch, exc)
+
+    def _check_batch(self, channel: Channel, batch: Sequence[Detour]) -> None:
+        asked_at = self._clock()
+        keeps = [AS_IT_STANDS[0] if one.way is None else one.way.keep for one in batch]
+        users = zip((one.user for one in batch), keeps, strict=True)
+        channel.call(*methods_for(self._topology, users, create=self._create))
+        for one, keep in zip(batch, keeps, strict=True):
+            self._on_checked(one, self._way(asked_at, keep, None if one.way is None else one.way.expires))
+
+    def _divide(self, batch: Sequence[Detour], lost: ChannelLost) -> None:
+        """Find out for whom the broker has refused a batch: each part has a channel of its own."""
+        logger.debug("%d inboxes are checked in parts: %s", len(batch), lost)
+        size = max(1, len(batch) // _PARTS)
+        for at in range(0, len(batch), size):
+            part = batch[at : at + size]
+            gevent.spawn(self._run_part, part).name = f"inbox check:{part[0].user}"
+
+    def _run_part(self, part: Sequence[Detour]) -> None:
+        try:
+            with self._parallel:
+                if len(part) == 1:
+                    self._check_one(part[0])
+                    return
+                channel = Channel(self._connection)
+                try:
+                    self._check_batch(channel, part)
+                finally:
+                    channel.close()
+        except ChannelLost as exc:
+            if exc.reply_code and len(part) > 1:
+                self._divide(part, exc)
+            else:
+                self._fail(part, exc)
+        except Exception as exc:
+            self._fail(part, exc)
+
+    def _check_one(self, detour: Detour) -> None:
+        """Check one user as thoroughly as it takes."""
+        asked_at = self._clock()
+        if not self._create and not inbox_exists(self._connection, self._topology, detour.user):
+            self._on_checked(detour, None)
+            return
+        keep, expires = open_inbox(self._connection, self._topology, detour.user)
+        self._on_checked(detour, self._way(asked_at, keep, expires))
+
+    def _way(self, asked_at: float, keep: Keep, expires: float | None) -> Way:
+        if expires is None:
+            expires = self._expires
+        known_for = min(_KNOWN_FOR, expires / 2) if expires else _KNOWN_FOR
+        return Way(asked_at + known_for, keep, expires)
+
+    def _fail(self, batch: Sequence[Detour], exc: Exception) -> None:
+        if not isinstance(exc, ChannelLost):
+            logger.error("inboxes could not be checked; they will be again", exc_info=exc)
+        elif exc.reply_code and time.monotonic() - self._warned_at >= _WARN_INTERVAL:
+            self._warned_at = time.monotonic()
+            more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+            logger.warning("the inbox of %s%s could not be opened: %s", ascii(batch[0].user), more, exc)
+        for one in batch:
+            self._on_checked(one, exc)

@@ -1,0 +1,64 @@
+"""What is under way: the messages that were handed over on one channel and not confirmed, by delivery tag."""
+
+from __future__ import annotations
+
+from imrelay.broker.publication import Publication
+
+__all__ = ["UnderWay"]
+
+
+class UnderWay:
+    """The unconfirmed messages of one channel, in the order of their tags; also what was answered meanwhile."""
+
+    __slots__ = ("_last_tag", "by_tag")
+
+    def __init__(self) -> None:
+        self.by_tag: dict[int, Publication] = {}
+        self._last_tag = 0
+
+    def __len__(self) -> int:
+        return len(self.by_tag)
+
+    def clear(self) -> list[Publication]:
+        """Begin with another channel; return what was under way on the last."""
+        left = list(self.by_tag.values())
+        self.by_tag = {}
+        self._last_tag = 0
+        return left
+
+    def add(self, publication: Publication) -> int:
+        """Note a message that is being handed over, and return its delivery tag."""
+        self._last_tag = tag = self._last_tag + 1
+        self.by_tag[tag] = publication
+        publication.handed_over = True
+        return tag
+
+    def take(self, tag: int, multiple: bool) -> list[Publication]:
+        """Return what one confirm is for, which is not under way any more; costs as much as that."""
+        by_tag = self.by_tag
+        if not multiple:
+            publication = by_tag.pop(tag, None)
+            return [] if publication is None else [publication]
+        tags = []
+        for each in by_tag:
+            if each > tag:
+                break
+            tags.append(each)
+        return [by_tag.pop(each) for each in tags]
+
+    def take_back(self, mid: str) -> Publication | None:
+        """Mark the message that came back (`basic.return`) and return it; its confirm is still to come.
+
+        There may be two of one id, the first one answered already: they come back in their order.
+        """
+        for publication in self.by_tag.values():
+            if publication.mid == mid and not publication.returned:
+                publication.returned = True
+                publication.handed_over = False
+                publication.returns += 1
+                return publication
+        return None
+
+    def count(self, user: str) -> int:
+        """Return how many messages to a user are under way."""
+        return sum(publication.user == user for publication in self.by_tag.values())
