@@ -9,6 +9,7 @@ import pika
 import pytest
 
 from imrelay.broker import inbox_check
+from imrelay.broker.channel import Channel
 from imrelay.broker.inbox_check import InboxCheck
 from imrelay.errors import RecipientUnknown
 from tests.brokers import amqp
@@ -237,3 +238,27 @@ def test_a_message_that_comes_back_again_and_again_is_no_tight_loop(
         assert not error.uncertain, "it came back"
         assert 2 <= asked <= 5
         eventually(lambda: not sender.publisher._detours.by_user, PATIENCE, sleep=gevent.sleep)
+
+
+def test_one_inbox_that_does_not_answer_holds_up_nobody_else(
+    broker: VirtualHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the broker does not answer for one user, the others of that round trip go on."""
+    monkeypatch.setattr(inbox_check, "_BATCH_TIMEOUT", 0.3)
+    call = Channel.call
+
+    def hang(self: Channel, *methods: object) -> object:
+        if any(getattr(method, "queue", "") == "inbox.stuck" for method in methods):
+            gevent.sleep(PATIENCE)
+        return call(self, *methods)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Channel, "call", hang)
+    with running_publisher(broker.url, timeout=5) as sender:
+        for number in range(40):
+            sender.send("stuck" if number == 20 else f"user {number}", f"m{number}")
+        answers = sender.wait(39)
+        assert "m20" not in answers
+        assert set(answers.values()) == {None}
+        error = sender.wait(40)["m20"]
+        assert error is not None
+        assert error.code == "broker_unavailable"

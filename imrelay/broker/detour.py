@@ -144,12 +144,12 @@ class Detours:
             detour.alone = None
             self._advance(detour)
 
-    def checked(self, detour: Detour, outcome: Way | Exception | None) -> None:
+    def checked(self, detour: Detour, outcome: Way | BaseException | None) -> None:
         """The inbox of a user was made sure of, or is not there, or nobody knows."""
         if self.by_user.get(detour.user) is not detour:
             return
         detour.is_asked = False
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             self._make_sure_later(detour)
             return
         detour.is_there = outcome is not None

@@ -29,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 #: Users of one round trip.
 _BATCH = 64
-#: Into how many parts a batch is divided that the broker refuses for one of its users.
+#: Seconds for the answer to a batch; then it is divided, so that one queue without a leader holds up nobody else.
+_BATCH_TIMEOUT = 5.0
+#: Into how many parts a batch is divided that the broker refuses, or does not answer, for one of its users.
 _PARTS = 8
+#: Users of one part where inboxes are replicated: they take longer, on several nodes at the same time.
+_REPLICATED_PART = 8
 #: Channels on which such parts are checked at the same time.
 _PARALLEL = 16
 #: What is known is out of date after so many seconds, and after half of the inbox's expiry.
@@ -39,7 +43,7 @@ _KNOWN_FOR = 60.0
 _WARN_INTERVAL = 5.0
 
 #: The way to the inbox; None: there is none, and none is to be opened; or why that is not known.
-Outcome = Way | Exception | None
+Outcome = Way | BaseException | None
 
 
 class InboxCheck:
@@ -94,31 +98,42 @@ class InboxCheck:
                 self._bell.wait()
                 continue
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
+            if self._topology.is_replicated:
+                self._spawn_parts(batch, _REPLICATED_PART)
+                continue
             try:
                 if self._channel is None:
                     self._channel = Channel(self._connection)
                 self._check_batch(self._channel, batch)
-            except ChannelLost as exc:
-                self._channel = None
-                if exc.reply_code:
-                    self._divide(batch, exc)
-                else:
-                    self._fail(batch, exc)
-            except Exception as exc:
-                self._fail(batch, exc)
+            except (Exception, gevent.Timeout) as exc:
+                self._close_channel()  # answers to this batch may still come
+                self._divide_or_fail(batch, exc)
+
+    def _close_channel(self) -> None:
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close()
 
     def _check_batch(self, channel: Channel, batch: Sequence[Detour]) -> None:
         asked_at = self._clock()
         keeps = [AS_IT_STANDS[0] if one.way is None else one.way.keep for one in batch]
         users = zip((one.user for one in batch), keeps, strict=True)
-        channel.call(*methods_for(self._topology, users, create=self._create))
+        with gevent.Timeout(_BATCH_TIMEOUT):
+            channel.call(*methods_for(self._topology, users, create=self._create))
         for one, keep in zip(batch, keeps, strict=True):
             self._on_checked(one, self._way(asked_at, keep, None if one.way is None else one.way.expires))
 
-    def _divide(self, batch: Sequence[Detour], lost: ChannelLost) -> None:
-        """Find out for whom the broker has refused a batch: each part has a channel of its own."""
-        logger.debug("%d inboxes are checked in parts: %s", len(batch), lost)
-        size = max(1, len(batch) // _PARTS)
+    def _divide_or_fail(self, batch: Sequence[Detour], exc: BaseException) -> None:
+        """Find out for whom the broker has refused a batch, or does not answer it; fail where it is lost."""
+        is_for_one = isinstance(exc, gevent.Timeout) or (isinstance(exc, ChannelLost) and exc.reply_code)
+        if is_for_one:
+            logger.debug("%d inboxes are checked in parts: %s", len(batch), exc)
+            self._spawn_parts(batch, max(1, len(batch) // _PARTS))
+        else:
+            self._fail(batch, exc)
+
+    def _spawn_parts(self, batch: Sequence[Detour], size: int) -> None:
+        """Check so many users at a time over a channel of its own, several at the same time."""
         for at in range(0, len(batch), size):
             part = batch[at : at + size]
             gevent.spawn(self._run_part, part).name = f"inbox check:{part[0].user}"
@@ -134,13 +149,11 @@ class InboxCheck:
                     self._check_batch(channel, part)
                 finally:
                     channel.close()
-        except ChannelLost as exc:
-            if exc.reply_code and len(part) > 1:
-                self._divide(part, exc)
+        except (Exception, gevent.Timeout) as exc:
+            if len(part) > 1:
+                self._divide_or_fail(part, exc)
             else:
                 self._fail(part, exc)
-        except Exception as exc:
-            self._fail(part, exc)
 
     def _check_one(self, detour: Detour) -> None:
         """Check one user as thoroughly as it takes."""
@@ -157,12 +170,12 @@ class InboxCheck:
         known_for = min(_KNOWN_FOR, expires / 2) if expires else _KNOWN_FOR
         return Way(asked_at + known_for, keep, expires)
 
-    def _fail(self, batch: Sequence[Detour], exc: Exception) -> None:
-        if not isinstance(exc, ChannelLost):
+    def _fail(self, batch: Sequence[Detour], exc: BaseException) -> None:
+        if not isinstance(exc, (ChannelLost, gevent.Timeout)):
             logger.error("inboxes could not be checked; they will be again", exc_info=exc)
-        elif exc.reply_code and time.monotonic() - self._warned_at >= _WARN_INTERVAL:
+        elif getattr(exc, "reply_code", True) and time.monotonic() - self._warned_at >= _WARN_INTERVAL:
             self._warned_at = time.monotonic()
             more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-            logger.warning("the inbox of %s%s could not be opened: %s", ascii(batch[0].user), more, exc)
+            logger.warning("the inbox of %s%s could not be made sure of: %s", ascii(batch[0].user), more, exc)
         for one in batch:
             self._on_checked(one, exc)
