@@ -24,8 +24,10 @@ from websockets.http11 import Request, Response
 from websockets.sync.server import Server, ServerConnection, serve
 
 from imrelay.web import page_policy
+from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
-from tests.harness import RelayProcess, eventually, plain_environment
+from tests.harness import RelayProcess, VirtualHost, eventually, plain_environment
+from tests.proxy import Proxy
 
 #: Seconds until something that should happen counts as not happening.
 _PATIENCE = 15.0
@@ -606,6 +608,31 @@ def test_a_temporary_failure_can_be_tried_again(scripted: Callable[..., str], ta
             one.evaluate("document.querySelector('[role=log] > :last-child .progress button') !== null")
             is has_button
         )
+
+
+def test_what_may_have_arrived_is_not_shown_twice(
+    relay: RelayFactory, broker: VirtualHost, tab: Callable[..., Tab]
+) -> None:
+    """A message whose end the relay does not know is said to be so; its button makes no second message of it."""
+    with Proxy(broker.url) as proxy:
+        host, away = relay(broker_url=proxy.url, broker_publish_timeout=1), relay()
+        wait_until_ready(host)
+        with Browser(away, "page reader") as reader:
+            one = tab(host.url + "/writer#to=page%20reader")
+            one.wait_for_state("connected")
+            one.type("before")
+            one.press("Enter")
+            one.wait_for_message(body="before", state="taken")
+            proxy.stall()
+            one.type("uncertain")
+            one.press("Enter")
+            one.wait_for_message(body="uncertain", state="unsure", about="may have arrived: ")
+            proxy.heal()
+            one.click("Send again")
+            one.wait_for_message(body="uncertain", state="taken")
+            one.type("after")
+            one.press("Enter")
+            assert reader.contents_until("after") == ["before", "uncertain", "after"]
 
 
 #: A frame to the page, and what it shows: the text, and what it says about it.
