@@ -173,6 +173,21 @@ def test_some_that_are_refused_keep_no_others_from_theirs(broker: VirtualHost, c
             assert isinstance(answer, RecipientUnknown) if user in odd and not create else answer is None, user
 
 
+def test_many_unknown_ids_are_refused(broker: VirtualHost) -> None:
+    """First messages to more unknown ids than go out at once are all answered; somebody known is reached."""
+    with running_publisher(broker.url) as maker:
+        maker.send("known", "m")
+        maker.wait()
+    with running_publisher(broker.url, create_unknown=False) as sender:
+        for number in range(400):
+            sender.send("known" if number % 100 == 50 else f"unknown {number}", f"m{number}")
+        answers = sender.wait()
+        for number in range(400):
+            answer = answers[f"m{number}"]
+            assert answer is None if number % 100 == 50 else isinstance(answer, RecipientUnknown)
+    assert set(broker.queues()) == {"inbox.known"}
+
+
 def test_an_inbox_stays_in_use_while_it_is_renewed(broker: VirtualHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traffic that goes on over the end of what is known loses nothing and stays in order."""
     monkeypatch.setattr(inbox_check, "_KNOWN_FOR", 0.05)

@@ -117,9 +117,12 @@ class Wire(GeventConnection):  # type: ignore[misc]
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the kernel has not yet taken all that was to be sent: the broker reads more slowly."""
+        """Whether the kernel did not take all that was to be sent: the broker reads slowly. Ends with `on_drained`.
+
+        What this turn of the loop has yet to send does not count: it goes with the next that is sent.
+        """
         transport = self._transport
-        return bool(self._unsent) or (transport is not None and transport.get_write_buffer_size() > 0)
+        return transport is not None and transport.get_write_buffer_size() > 0
 
     def emit(self, frames: bytes) -> None:
         """Send complete frames, together with all others of this turn of the loop. May be called from the hub."""
