@@ -73,6 +73,9 @@ class InboxCheck:
         #: Stays open for all batches, until the broker refuses one.
         self._channel: Channel | None = None
         self._parallel = Semaphore(_PARALLEL)
+        #: Users of one request: fewer after a refusal, which costs a channel, where most of them may be unknown.
+        self._size = _REPLICATED_PART if topology.is_replicated else _BATCH
+        self._largest = self._size
         self._stopped = False
         self._warned_at = -_WARN_INTERVAL
 
@@ -87,19 +90,19 @@ class InboxCheck:
         self._queue.clear()
 
     def stop(self) -> None:
-        """End `run`."""
+        """End `run_checks`."""
         self._stopped = True
         self._bell.ring()
 
-    def run(self) -> None:
+    def run_checks(self) -> None:
         """Check those who wait, batch by batch, until it is stopped."""
         while not self._stopped:
             if not self._queue:
                 self._bell.wait()
                 continue
             batch = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
-            if self._topology.is_replicated:
-                self._spawn_parts(batch, _REPLICATED_PART)
+            if self._topology.is_replicated or self._size == 1 or self._size < len(batch):
+                self._spawn_parts(batch, self._size)
                 continue
             try:
                 if self._channel is None:
@@ -120,6 +123,7 @@ class InboxCheck:
         users = zip((one.user for one in batch), keeps, strict=True)
         with gevent.Timeout(_BATCH_TIMEOUT):
             channel.call(*methods_for(self._topology, users, create=self._create))
+        self._size = min(self._size * 2, self._largest)
         for one, keep in zip(batch, keeps, strict=True):
             self._on_checked(one, self._way(asked_at, keep, None if one.way is None else one.way.expires))
 
@@ -128,7 +132,8 @@ class InboxCheck:
         is_for_one = isinstance(exc, gevent.Timeout) or (isinstance(exc, ChannelLost) and exc.reply_code)
         if is_for_one:
             logger.debug("%d inboxes are checked in parts: %s", len(batch), exc)
-            self._spawn_parts(batch, max(1, len(batch) // _PARTS))
+            self._size = max(1, len(batch) // _PARTS)
+            self._spawn_parts(batch, self._size)
         else:
             self._fail(batch, exc)
 
@@ -162,6 +167,7 @@ class InboxCheck:
             self._on_checked(detour, None)
             return
         keep, expires = open_inbox(self._connection, self._topology, detour.user)
+        self._size = min(self._size * 2, self._largest)
         self._on_checked(detour, self._way(asked_at, keep, expires))
 
     def _way(self, asked_at: float, keep: Keep, expires: float | None) -> Way:

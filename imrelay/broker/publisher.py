@@ -117,7 +117,7 @@ class Publisher:
     def start(self) -> None:
         """Begin to connect and to publish; returns at once."""
         self._connection.start()
-        for role in (self._run_publisher, self._run_deadlines, self._run_checks):
+        for role in (self._run_publisher, self._run_deadlines, self._check.run_checks):
             self._greenlets.append(run_for_ever(role, name=role.__name__.removeprefix("_run_")))
 
     def flush(self, timeout: float) -> int:
@@ -174,9 +174,6 @@ class Publisher:
                 logger.exception("the publisher met a fault of its own and begins anew")
                 self._leave()
                 gevent.sleep(_FAULT_PAUSE)
-
-    def _run_checks(self) -> None:
-        self._check.run()
 
     def _recover(self) -> None:
         """After the loss of a channel, answer for what the broker has refused, and pause."""
@@ -236,11 +233,8 @@ class Publisher:
     def _may_publish(self, channel: Channel) -> bool:
         """Tell whether the next message may be handed over."""
         most = 1 if self._refusals.suspects else self._max_under_way
-        return (
-            len(self._under_way) < most
-            and not channel.has_unsent
-            and self._connection.state is State.OPEN  # and not blocked
-        )
+        is_open = self._connection.state is State.OPEN  # and not blocked
+        return is_open and len(self._under_way) < most and not channel.has_unsent
 
     def _publish_some(self, channel: Channel) -> None:
         """Publish up to `_BATCH` of what is queued in one go."""

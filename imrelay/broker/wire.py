@@ -117,7 +117,7 @@ class Wire(GeventConnection):  # type: ignore[misc]
 
     @property
     def has_unsent(self) -> bool:
-        """Whether the kernel did not take all that was to be sent: the broker reads slowly. Ends with `on_drained`.
+        """Whether the kernel did not take all that was to be sent: see `on_drained`.
 
         What this turn of the loop has yet to send does not count: it goes with the next that is sent.
         """
