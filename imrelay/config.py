@@ -50,11 +50,29 @@ class ServerConfig:
     allowed_origins: tuple[str, ...] = _setting(
         (),
         "origins (scheme://host[:port], separated by blanks) whose pages may connect; "
-        "empty: the host that the request itself names",
+        "empty: the host that the request itself names, and on loopback only localhost, 127.0.0.0/8 and [::1]; "
+        "behind a proxy on the same machine it has to be set",
         check="origin",
     )
     max_connections: int = _setting(
         10_000, "browser sockets at the same time; one more is refused with 503", low=1, high=1_000_000
+    )
+    max_http_connections: int = _setting(
+        1_000, "other HTTP connections at the same time; one more is refused with 503", low=1, high=1_000_000
+    )
+    max_body_size: int = _setting(
+        1_048_576,
+        "largest body of an HTTP request; a larger one is refused with 413",
+        unit="bytes",
+        low=0,
+        high=1 << 30,
+    )
+    http_timeout: float = _setting(
+        30.0,
+        "time for a client to send the body of a request, and again to take the answer; then its connection ends",
+        unit="seconds",
+        low=0.1,
+        high=3600,
     )
     drain_timeout: float = _setting(
         30.0,

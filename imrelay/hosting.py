@@ -14,7 +14,7 @@ from imrelay.forever import run_for_ever
 from imrelay.server import Relay, broker_urls, handler_class
 from imrelay.settings import find_file, load
 from imrelay.web import Desk
-from imrelay.websocket import WebSocketHandler
+from imrelay.websocket import Listener, WebSocketHandler
 
 __all__ = ["HostedRelay"]
 
@@ -44,9 +44,10 @@ class HostedRelay:
         """
         workers = modules.get(_GUNICORN_WORKERS)
         if workers is not None:
-            base = workers.GeventWebSocketWorker.wsgi_handler
-            if not issubclass(base, WebSocketHandler):
-                workers.GeventWebSocketWorker.wsgi_handler = self._handler_class()
+            worker = workers.GeventWebSocketWorker
+            if not issubclass(worker.wsgi_handler, WebSocketHandler):
+                worker.wsgi_handler = self._handler_class()
+                worker.server_class = type("HostedListener", (Listener, worker.server_class), {})
 
     def _handler_class(self) -> type[WebSocketHandler]:
         hosted = self
@@ -54,18 +55,22 @@ class HostedRelay:
         class HostedHandler(handler_class(self._config, self._desk)):  # type: ignore[misc]
             """Our handler; it also shows the relay which server it serves."""
 
-            def run_application(self) -> None:
-                """Answer one request."""
+            def handle(self) -> None:
+                """Serve one connection."""
                 hosted._watch(self.server)
-                super().run_application()
+                super().handle()
 
         return HostedHandler
 
-    def _desk(self) -> Desk:
-        """Return this process's desk; a fork has the relay of its parent only in name, and gets its own."""
+    def _desk(self, server: Any = None) -> Desk:
+        """Return this process's desk; a fork has the relay of its parent only in name, and gets its own.
+
+        `server` is what it is hosted by, which may take no more than so many connections.
+        """
         if self._relay is None or self._pid != os.getpid():
             self._pid = os.getpid()
-            self._relay = Relay(self._config, broker_urls(self._config))
+            places = getattr(getattr(server, "pool", None), "size", None)
+            self._relay = Relay(self._config, broker_urls(self._config), places=places)
             self._relay.start()
         return self._relay.desk
 
@@ -73,6 +78,7 @@ class HostedRelay:
         """See the end of this worker coming: gunicorn tells nobody, but closes the listening socket first."""
         if getattr(server, "_imrelay_watched", False):
             return
+        self._desk(server)
         server._imrelay_watched = True
         run_for_ever(lambda: self._run_watch(server), name="watch")
 

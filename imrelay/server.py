@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import gevent
-from gevent.pywsgi import WSGIServer
 
 from imrelay.broker.connection import Connection
 from imrelay.broker.connections import Connections
@@ -20,13 +19,14 @@ from imrelay.broker.private import PrivateBroker
 from imrelay.broker.publisher import Publisher
 from imrelay.broker.topology import Topology
 from imrelay.config import Config
+from imrelay.descriptors import allot
 from imrelay.errors import ConfigError, SetupError
 from imrelay.hub import Hub
 from imrelay.mid import MessageIds
 from imrelay.protocol import SUBPROTOCOLS
 from imrelay.session import Services
 from imrelay.web import Desk
-from imrelay.websocket import WebSocketHandler
+from imrelay.websocket import Admission, Listener, WebSocketHandler
 
 __all__ = ["Relay", "Server", "broker_urls", "handler_class", "inbox_keeper"]
 
@@ -40,10 +40,11 @@ _CLOSING = 5.0
 class Relay:
     """All of one process but the listening socket: connections, publisher, sessions and the WSGI application.
 
-    `urls` is asked for the broker's URLs before each attempt to connect.
+    `urls` is asked for the broker's URLs before each attempt to connect; `places` is how many connections the
+    hosting server takes at the same time, where it has a bound.
     """
 
-    def __init__(self, config: Config, urls: Callable[[], Sequence[str]]) -> None:
+    def __init__(self, config: Config, urls: Callable[[], Sequence[str]], *, places: int | None = None) -> None:
         # Each greenlet would keep, for debuggers, who spawned it and from where: 2 KiB for each of a socket's two.
         gevent.config.track_greenlet_tree = False
         broker = config.broker
@@ -66,7 +67,8 @@ class Relay:
             inbox_expires=config.inbox.expires,
             on_exchange_lost=self._consumers.rebind,
         )
-        self._hub = Hub(config.server.max_connections)
+        capacity = allot(config, places=places)
+        self._hub = Hub(capacity.sockets)
         self.desk = Desk(
             Services(
                 self._hub,
@@ -77,6 +79,7 @@ class Relay:
                 node_envelope=broker.envelope == "node",
             ),
             config.server.allowed_origins,
+            Admission(capacity.http),
         )
 
     def start(self) -> None:
@@ -117,9 +120,14 @@ def handler_class(
             "send_timeout": limits.send_timeout,
             "max_send_buffer": limits.max_send_buffer,
             "handshake_timeout": limits.handshake_timeout,
+            "body_timeout": config.server.http_timeout,
+            "answer_timeout": config.server.http_timeout,
+            "max_body_size": config.server.max_body_size,
+            "admission": property(lambda handler: desk().admission),
+            "served_in_a_crowd": frozenset(("/healthz", "/readyz")),
             "permessage_deflate": limits.permessage_deflate,
             "subprotocols": SUBPROTOCOLS,
-            "refuse": lambda handler, environ: desk().refuse(environ),
+            "refuse": lambda handler, environ: desk().refuse(environ, handler.socket.getsockname()),
             "abandoned": lambda handler, environ: desk().abandoned(environ),
         },
     )
@@ -177,7 +185,7 @@ class Server:
         self._config = config
         self._broker = PrivateBroker(config.data_dir) if config.is_private else None
         self._relay: Relay | None = None
-        self._wsgi: WSGIServer | None = None
+        self._wsgi: Listener | None = None
 
     @property
     def url(self) -> str:
@@ -201,7 +209,7 @@ class Server:
         relay.start()
         handler = handler_class(self._config, lambda: relay.desk)
         handler.logged = ()  # there is no access log
-        self._wsgi = WSGIServer(
+        self._wsgi = Listener(
             listener,
             relay.desk.__call__,  # as a method: calling the object would take half a KiB of stack for each socket
             handler_class=handler,

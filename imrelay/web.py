@@ -21,7 +21,15 @@ from werkzeug.exceptions import HTTPException
 from imrelay.errors import BadId
 from imrelay.session import Services, Session
 from imrelay.submission import check_id
-from imrelay.websocket import Refusal, WebSocket, origin_allowed
+from imrelay.websocket import (
+    Admission,
+    Refusal,
+    RefusalLog,
+    WebSocket,
+    is_loopback,
+    names_loopback,
+    origin_allowed,
+)
 
 __all__ = ["Desk", "page_policy"]
 
@@ -34,15 +42,23 @@ _ATTACH_TIMEOUT = 5.0
 
 _CANNOT_UPGRADE = "this server cannot upgrade to WebSocket; see Hosting in imrelay's README for one that can"
 
+_FOREIGN_HOST = (
+    "a relay on loopback answers to localhost, 127.0.0.1 and [::1] alone; for another name, or behind a proxy on "
+    "this machine, set [server] allowed_origins"
+)
+
 Environ = dict[str, Any]
 
 
 class Desk:
     """The WSGI application, and the two hooks that the WebSocket handler calls around an upgrade."""
 
-    def __init__(self, services: Services, allowed_origins: Sequence[str]) -> None:
+    def __init__(self, services: Services, allowed_origins: Sequence[str], admission: Admission) -> None:
         self._services = services
         self._allowed_origins = allowed_origins
+        #: Bounds the connections that are no browser sockets; for the WebSocket handler.
+        self.admission = admission
+        self._refusals = RefusalLog(logger)
         self._flask = _make_flask(self.problem)
 
     def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -70,12 +86,16 @@ class Desk:
             return f"no broker to consume from: {services.consumers.problem}"
         return ""
 
-    def refuse(self, environ: Environ) -> Refusal | None:
+    def refuse(self, environ: Environ, address: object) -> Refusal | None:
         """Refuse a handshake, or open its session and leave it in the environ; the 101 follows.
+
+        `address` is that of the accepted socket (`getsockname`).
 
         The session consumes before the browser sees its socket open: whatever is sent to this user from then on
         reaches it. Where the broker is away, or slow, the socket opens without, and gets its messages later.
         """
+        if not self._allowed_origins and is_loopback(address) and not names_loopback(environ["HTTP_HOST"]):
+            return Refusal(403, "host_not_allowed", _FOREIGN_HOST)
         if not origin_allowed(environ, self._allowed_origins):
             return Refusal(
                 403, "origin_not_allowed", "this page's origin may not connect here; see allowed_origins"
@@ -87,7 +107,9 @@ class Desk:
         if self._services.hub.is_draining:
             return Refusal(503, "stopping", "the relay is stopping; connect again")
         if self._services.hub.is_full:
-            logger.warning("a socket was refused: max_connections (%d) are here", len(self._services.hub))
+            self._refusals.note(
+                f"max_connections ({len(self._services.hub)}) are here, one more socket was refused"
+            )
             return Refusal(
                 503, "too_many_connections", "this relay has as many sockets as it may; try again later"
             )

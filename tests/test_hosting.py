@@ -223,6 +223,7 @@ def test_refusals(gunicorn: GunicornFactory, user: str) -> None:
         (handshake("/%FF"), 400, "bad_id"),
         (handshake("/"), 400, "bad_id"),
         (handshake(f"/{user}", Host=ours, Origin="http://evil.example"), 403, "origin_not_allowed"),
+        (handshake(f"/{user}", Host="evil.example", Origin="http://evil.example"), 403, "host_not_allowed"),
     ):
         with Peer(server) as peer:
             peer.send(request)

@@ -24,7 +24,7 @@ FLOORS = (
     },
     {"imrelay.forever", "imrelay.log", "imrelay.log_stream"},
     {"imrelay.broker", "imrelay.websocket"},
-    {"imrelay.session", "imrelay.hub", "imrelay.protocol", "imrelay.resends"},
+    {"imrelay.session", "imrelay.hub", "imrelay.protocol", "imrelay.descriptors", "imrelay.resends"},
     {"imrelay.web"},
     {"imrelay.server", "imrelay.hosting"},
     {"imrelay.cli", "imrelay.__main__", "imrelay.wsgi"},

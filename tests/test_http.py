@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import pytest
 
 from imrelay.session import Services
 from imrelay.web import Desk
+from imrelay.websocket import Admission
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import RelayProcess, eventually, plain_environment
@@ -238,6 +240,109 @@ def test_a_page_from_here_may_connect(host: RelayProcess, somebody: Iterator[str
         assert answer.status == 101
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"Host": "evil.example", "Origin": "http://evil.example"},
+        {"Host": "evil.example:8080", "Origin": "http://evil.example:8080"},
+        {"Host": "evil.example"},
+        {"Host": "localhost.evil.example"},
+        {"Host": "2130706433"},
+        {"Host": "0.0.0.0"},
+        {"Host": "evil.example", "X_Forwarded_Host": "localhost"},
+        {"line": "GET http://evil.example/refused HTTP/1.1", "Origin": "http://evil.example"},
+    ],
+    ids=str,
+)
+def test_another_name_on_loopback_may_not_connect(host: RelayProcess, changes: dict[str, str | None]) -> None:
+    """403: a page of evil.example whose DNS suddenly says 127.0.0.1 has the matching Origin."""
+    answer = ask(host, handshake("/refused", **changes))
+    assert answer.status == 403
+    error = error_in(answer)
+    assert error["code"] == "host_not_allowed"
+    assert "[server] allowed_origins" in error["message"]
+    assert "session of 'refused'" not in host.log
+
+
+def test_the_names_of_loopback_may_connect(host: RelayProcess, somebody: Iterator[str]) -> None:
+    """The relay's page works under each name of this machine."""
+    for name in (
+        "localhost",
+        "localhost.",
+        "chat.localhost",
+        "127.0.0.1",
+        "127.0.0.2",
+        "[::1]",
+        "[::ffff:127.0.0.1]",
+    ):
+        for port in (f":{host.port}", ""):
+            origin = f"http://{name}{port}"
+            answer = ask(host, handshake(f"/{next(somebody)}", Host=name + port, Origin=origin))
+            assert answer.status == 101, name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"Host": "localhost\r\nHost: localhost"},
+        {"Host": "localhost\r\nHost: evil.example"},
+        {"Host": "user@localhost"},
+        {"Host": "localhost/"},
+        {"Host": "[::1"},
+        {"Host": "localhost:80:80"},
+        {"Host": "localhost, localhost"},
+        {"line": "GET http://localhost@evil.example/refused HTTP/1.1"},
+        {"line": "GET ws://localhost/refused HTTP/1.1"},
+        {"line": "HEAD /refused HTTP/1.1"},
+        {"line": "OPTIONS * HTTP/1.1"},
+        {"Content_Length": "5"},
+        {"Transfer_Encoding": "chunked"},
+    ],
+    ids=str,
+)
+def test_a_malformed_host_or_a_body_is_no_handshake(host: RelayProcess, changes: dict[str, str | None]) -> None:
+    """400 before anything else is looked at."""
+    answer = ask(host, handshake("/refused", **changes))
+    assert answer.status == 400
+    error_in(answer)
+
+
+def test_with_allowed_origins_any_name_may_be_asked(relay: RelayFactory, somebody: Iterator[str]) -> None:
+    """Behind a proxy the relay is asked by its public name; then the origin alone decides."""
+    host = relay(server_allowed_origins="https://chat.example")
+    for origin, status in (("https://chat.example", 101), (None, 101), ("http://chat.example", 403)):
+        request = handshake(f"/{next(somebody)}", Host="chat.example", Origin=origin)
+        assert ask(host, request).status == status
+
+
+def test_off_loopback_the_named_host_is_enough(relay: RelayFactory, somebody: Iterator[str]) -> None:
+    """A relay that is reached at another address of its machine cannot know its names; the origin has to match."""
+    address = next(iter(socket.gethostbyname_ex(socket.gethostname())[2]), "127.0.0.1")
+    if address.startswith("127."):
+        pytest.skip("this machine has no other address")
+    host = relay(server_host=address)
+    with socket.create_connection((address, host.port), PATIENCE) as sock:
+        sock.sendall(handshake(f"/{next(somebody)}", Host="chat.example", Origin="http://chat.example"))
+        assert sock.recv(100).startswith(b"HTTP/1.1 101")
+    with socket.create_connection((address, host.port), PATIENCE) as sock:
+        sock.sendall(handshake(f"/{next(somebody)}", Host="chat.example", Origin="http://evil.example"))
+        assert sock.recv(100).startswith(b"HTTP/1.1 403")
+
+
+def test_the_page_on_ipv6(relay: RelayFactory, somebody: Iterator[str]) -> None:
+    """The page and its socket work at http://[::1]:port/."""
+    host = relay(server_host="::1")
+    port = int(host.url.rpartition(":")[2])
+    for request, status in (
+        (f"GET /1 HTTP/1.1\r\nHost: [::1]:{port}\r\n\r\n".encode(), b"200"),
+        (handshake(f"/{next(somebody)}", Host=f"[::1]:{port}", Origin=f"http://[::1]:{port}"), b"101"),
+        (handshake(f"/{next(somebody)}", Host="evil.example", Origin="http://evil.example"), b"403"),
+    ):
+        with socket.create_connection(("::1", port), PATIENCE) as sock:
+            sock.sendall(request)
+            assert sock.recv(100).split()[1] == status
+
+
 def test_allowed_origins_are_those_alone(relay: RelayFactory, somebody: Iterator[str]) -> None:
     """With `allowed_origins`, pages of these may connect and the relay's own no longer."""
     host = relay(server_allowed_origins="https://chat.example http://localhost:8080")
@@ -299,7 +404,7 @@ def test_nobody_may_come_while_the_relay_is_stopping(relay: RelayFactory, somebo
 
 def test_a_server_that_cannot_upgrade_says_so() -> None:
     """Under a WSGI server without our handler an upgrade is answered with 501, and plain requests as ever."""
-    desk = Desk(cast(Services, None), ())
+    desk = Desk(cast(Services, None), (), Admission(1))
     answers: list[str] = []
 
     def call(**environ: str) -> bytes:

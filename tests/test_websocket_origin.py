@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from imrelay.websocket import origin_allowed
+from imrelay.websocket import is_loopback, names_loopback, origin_allowed
 from tests.websocket_peer import Peer, handshake, running_server
 
 
@@ -110,3 +110,72 @@ def test_the_rule_in_a_real_handshake():
             with Peer(server) as peer:
                 peer.send(handshake("/same-origin", Host=f"127.0.0.1:{server.port}", Origin=origin))
                 assert peer.read_answer().status == status
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "localhost",
+        "localhost:8080",
+        "LOCALHOST.",
+        "chat.localhost:1",
+        "127.0.0.1",
+        "127.0.0.1:8080",
+        "127.8.9.10",
+        "[::1]",
+        "[::1]:8080",
+        "[0:0:0:0:0:0:0:1]",
+        "[::ffff:127.0.0.1]:80",
+    ],
+)
+def test_names_of_this_machine(host):
+    """What no foreign DNS can be made to say is a name of loopback."""
+    assert names_loopback(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "",
+        "evil.example",
+        "localhost.evil.example",
+        "evillocalhost",
+        "127.0.0.1.evil.example",
+        "127.0.0.1@evil.example",
+        "local%68ost",
+        "127.1",
+        "2130706433",
+        "0x7f000001",
+        "0.0.0.0",
+        "[::]",
+        "[::2]",
+        "128.0.0.1",
+        "[::ffff:10.0.0.1]",
+        "::1",
+        "localhost:port",
+        "localhost, evil.example",
+    ],
+)
+def test_other_names(host):
+    """Everything else is not, other spellings of the address included: no browser sends them."""
+    assert not names_loopback(host)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (("127.0.0.1", 8080), True),
+        (("127.0.0.53", 8080), True),
+        (("::1", 8080, 0, 0), True),
+        (("::ffff:127.0.0.1", 8080, 0, 0), True),
+        (("10.0.0.1", 8080), False),
+        (("2001:db8::1", 8080, 0, 0), False),
+        (("fe80::1%eth0", 8080, 0, 2), False),
+        ("/run/imrelay.sock", False),
+        (b"\0imrelay", False),
+        ("", False),
+    ],
+)
+def test_addresses_of_this_machine(address, expected):
+    """The address of an accepted socket is on loopback or not; a Unix socket is behind a proxy."""
+    assert is_loopback(address) is expected

@@ -1,0 +1,90 @@
+"""File descriptors: how many this process may open, and how many sockets that allows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+from dataclasses import dataclass
+
+from imrelay.config import Config
+from imrelay.websocket import CROWD, Listener
+
+__all__ = ["Capacity", "allot"]
+
+logger = logging.getLogger(__name__)
+
+#: The soft limit that is asked for where the settings need less. Not simply the hard one, which may be a thousand
+#: million: the private node's processes inherit it, and Erlang sizes a table by it.
+_USUAL = 65_536
+#: Descriptors for what else comes and goes: files that are read, names that are resolved, processes begun.
+_SUNDRY = 16
+#: AMQP connections beside those that consumers share: to publish, and one that takes the place of another.
+_PUBLISHING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How many connections the relay takes: the settings' bounds, or what the descriptors allow."""
+
+    sockets: int
+    http: int
+
+
+def allot(config: Config, *, places: int | None = None) -> Capacity:
+    """Raise the soft limit of open files as far as is needed and allowed; share it out, and say so in the log.
+
+    `places` is how many connections the hosting server takes at the same time, where it has a bound of its own.
+    """
+    server = config.server
+    reserve = _open_now() + Listener.max_accept + _SUNDRY + _PUBLISHING + 2 * CROWD
+    reserve += server.max_connections // config.broker.channels_per_connection
+    limit = _raise_limit(server.max_connections + server.max_http_connections + reserve)
+    room = max(2, limit - reserve)
+    short_of = f"the limit of {limit} open files (ulimit -n; LimitNOFILE= of a systemd unit)"
+    if places is not None and places - 2 * CROWD < room:
+        room = max(2, places - 2 * CROWD)
+        short_of = f"the {places} connections that the hosting server takes (gunicorn: --worker-connections)"
+    http = max(1, min(server.max_http_connections, room // 4))
+    capacity = Capacity(min(server.max_connections, room - http), http)
+    logger.info(
+        "%d open files allow %d browser sockets and %d HTTP connections", limit, capacity.sockets, capacity.http
+    )
+    if capacity.sockets < server.max_connections or capacity.http < server.max_http_connections:
+        logger.warning(
+            "[server] max_connections = %d and max_http_connections = %d are more than %s allows: raise it by %d",
+            server.max_connections,
+            server.max_http_connections,
+            short_of,
+            _missing(server.max_connections, server.max_http_connections, room),
+        )
+    return capacity
+
+
+def _missing(sockets: int, http: int, room: int) -> int:
+    """Return by how much `room` has to grow until both settings hold; HTTP gets a quarter of it at most."""
+    return max(sockets + http, 4 * http) - room
+
+
+def _raise_limit(needed: int) -> int:
+    """Raise the soft limit to what is needed, as far as the hard one allows; return the limit that holds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return max(needed, _USUAL)
+    wanted = max(soft, needed, _USUAL)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if wanted > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError) as exc:  # above the kernel's own limit, or forbidden by a sandbox
+            logger.warning("the limit of open files stays at %d: %s", soft, exc)
+            return soft
+    return wanted
+
+
+def _open_now() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 32  # a system without /proc
