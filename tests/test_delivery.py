@@ -385,20 +385,21 @@ def test_an_ordinary_program_sees_what_the_relay_publishes(
 
 
 def test_what_stands_on_the_broker(relay: RelayFactory, user: str, broker: VirtualHost) -> None:
-    """The exchange of all, an auto-delete fanout exchange per user, a durable inbox, and two bindings."""
+    """The exchange of all, an auto-delete topic exchange per user, a durable inbox, and two bindings."""
     host = relay(inbox_ttl=60, inbox_expires=3600, inbox_max_length=7, inbox_max_bytes=9000)
     wait_until_ready(host)
     Browser(host, user).close()
     exchanges = broker.exchanges()
     both = {name: (e["type"], e["durable"], e["auto_delete"]) for name, e in exchanges.items()}
     assert both["direct_message"] == ("direct", True, False)
-    assert both[f"user.{user}"] == ("fanout", True, True)
+    assert both[f"user.{user}"] == ("topic", True, True)
     inbox = broker.queues()[f"inbox.{user}"]
     assert (inbox["durable"], inbox["auto_delete"], inbox["exclusive"]) == (True, False, False)
     assert inbox["arguments"] == {
         "x-queue-type": "classic",
         "x-single-active-consumer": True,
         "x-overflow": "reject-publish",
+        "x-dead-letter-exchange": "imrelay.dead",
         "x-message-ttl": 60_000,
         "x-expires": 3_600_000,
         "x-max-length": 7,
@@ -411,8 +412,45 @@ def test_what_stands_on_the_broker(relay: RelayFactory, user: str, broker: Virtu
     }
     assert bindings == {
         ("direct_message", "exchange", f"user.{user}", user),
-        (f"user.{user}", "queue", f"inbox.{user}", ""),
+        (f"user.{user}", "queue", f"inbox.{user}", "#"),
     }
+
+
+def test_nothing_but_the_users_own_queues_is_bound_to_its_exchange(
+    relay: RelayFactory, user: str, broker: VirtualHost
+) -> None:
+    """With three sockets, a sender and an id that never came; else an expired inbox leaves exchanges alive."""
+    host = relay()
+    wait_until_ready(host)
+    with Browser(host, user) as first, Browser(host, user) as second, Browser(host, user) as third:
+        first.say(f"{user}'s friend", id="c1")
+        first.ack()
+        text = second.say(user)
+        assert first.receive() == second.receive() == third.receive() == text
+        queues = broker.queues()
+        bound = [row for row in broker.bindings() if row["source_name"].startswith(f"user.{user}")]
+        inboxes = [row for row in bound if row["destination_name"].startswith("inbox.")]
+        live = [row for row in bound if row not in inboxes]
+        assert {row["source_name"].replace("user.", "inbox.") for row in inboxes} == {
+            row["destination_name"] for row in inboxes
+        }
+        assert len(inboxes) == len(live) == 2
+        for row in bound:
+            assert (row["destination_kind"], row["routing_key"]) == ("queue", "#")
+        for row in live:
+            queue = queues[row["destination_name"]]
+            assert row["source_name"] == f"user.{user}"
+            assert (queue["exclusive"], queue["auto_delete"]) == (True, True)
+
+
+@pytest.mark.parametrize("odd", ["a.b", "*", "#", "a.#.b", "..."])
+def test_ids_of_any_look_are_routed(relay: RelayFactory, odd: str) -> None:
+    """The routing key is an id, and what means something in a topic's binding means nothing in it."""
+    host = relay()
+    wait_until_ready(host)
+    with Browser(host, odd) as browser, Browser(host, odd) as another:
+        text = browser.say(odd)
+        assert browser.receive() == another.receive() == text
 
 
 # -- settings that have changed ------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """What stands on the broker, by which name, and the AMQP methods that put it there.
 
-    direct_message (direct) --id--> user.<id> (fanout, auto-delete) --> inbox.<id>
-                                                                    --> live queues of further sockets
+    direct_message (direct) --id--> user.<id> (topic, auto-delete) --#--> inbox.<id>
+                                                                   --#--> live queues of further sockets
 
-A user is an exchange and an inbox is a queue. When an inbox expires, its exchange and bindings go with it.
+A user is an exchange and an inbox is a queue. When an inbox expires, its exchange and bindings go with it: for
+that, nothing but the user's own queues is ever bound to the user's exchange.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ __all__ = ["AS_IT_STANDS", "INBOX_TAG", "LIVE_TAG", "Keep", "Topology"]
 #: Consumer tags, one of each on a channel.
 INBOX_TAG = "inbox"
 LIVE_TAG = "live"
+#: The key that binds a user's queues to the user's exchange: every message. That exchange is no fanout because
+#: RabbitMQ 3.13 to 4.1 with Khepri walks its whole routing table for each message that passes a fanout.
+_EVERY_MESSAGE = "#"
+#: Where the broker publishes what leaves an inbox untaken; it drops it while there is no such exchange.
+_DEAD_LETTERS = "imrelay.dead"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,7 @@ class Topology:
             "x-queue-type": inbox.queue_type,
             "x-single-active-consumer": True,
             "x-overflow": "reject-publish",
+            "x-dead-letter-exchange": _DEAD_LETTERS,
         }
         for argument, value in (
             ("x-expires", int(inbox.expires * 1000)),
@@ -65,7 +72,7 @@ class Topology:
 
     @staticmethod
     def user_exchange(user: str) -> str:
-        """The name of the user's fanout exchange."""
+        """The name of the user's exchange."""
         return f"user.{user}"
 
     def declare_exchange(self) -> Method:
@@ -82,7 +89,7 @@ class Topology:
             spec.Exchange.Declare(exchange=self.exchange, type="direct", durable=True, nowait=True),
             spec.Exchange.Declare(
                 exchange=exchange,
-                type="fanout",
+                type="topic",
                 durable=True,
                 auto_delete=True,
                 passive=keep.exchange,
@@ -95,7 +102,7 @@ class Topology:
                 nowait=True,
                 arguments={} if keep.inbox else self._inbox_arguments,
             ),
-            spec.Queue.Bind(queue=inbox, exchange=exchange, routing_key="", nowait=True),
+            spec.Queue.Bind(queue=inbox, exchange=exchange, routing_key=_EVERY_MESSAGE, nowait=True),
             spec.Exchange.Bind(destination=exchange, source=self.exchange, routing_key=user, nowait=True),
         ]
 
@@ -117,7 +124,8 @@ class Topology:
 
     def bind_live(self, user: str, live: str) -> Method:
         """`queue.bind` of a live queue to the user's exchange, without an answer."""
-        return spec.Queue.Bind(queue=live, exchange=self.user_exchange(user), routing_key="", nowait=True)
+        exchange = self.user_exchange(user)
+        return spec.Queue.Bind(queue=live, exchange=exchange, routing_key=_EVERY_MESSAGE, nowait=True)
 
     @staticmethod
     def consume_live(live: str) -> Method:
