@@ -107,7 +107,7 @@ class Session:
         #: Close code and reason for when the writer has nothing left to do.
         self._farewell = (1000, "")
         self._since = time.monotonic()
-        self._mailbox = Mailbox()
+        self._mailbox = Mailbox(services.limits.max_send_buffer)
         services.hub.join(self)
         self._consumer: Consumer = services.consumers.consume(user, self._mailbox)
         self._protocol = choose(None, self._consumer, node_envelope=services.node_envelope)

@@ -67,9 +67,9 @@ def pool(gate: Gate) -> Iterator[ConsumerPool]:
     [
         pytest.param(0, OPEN_OK, 1, id="its channel is opened"),
         pytest.param(0, CONSUME_OK, 1, id="it is subscribed"),
-        pytest.param(0, DECLARE_OK, 1, id="the last answer"),
-        pytest.param(1, DECLARE_OK, 1, id="it learns that it is not alone"),
-        pytest.param(1, DECLARE_OK, 2, id="its live queue is made"),
+        pytest.param(0, DECLARE_OK, 2, id="the last answer"),
+        pytest.param(1, DECLARE_OK, 2, id="it learns that it is not alone"),
+        pytest.param(1, DECLARE_OK, 3, id="its live queue is made"),
         pytest.param(1, CONSUME_OK, 2, id="it is subscribed to its live queue"),
     ],
 )

@@ -6,6 +6,7 @@ pipelined: all methods of one `call` go out together and take one round trip, `c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,9 @@ _REPLIES: dict[type[Method], type[Method]] = {
     spec.Queue.Purge: spec.Queue.PurgeOk,
 }
 
+#: Seconds for the broker to answer all methods of one `call`. A declare may hang for ever, at a queue whose leader
+#: is lost, while the connection lives.
+ANSWER_TIMEOUT = 30.0
 #: Stands where no answer is awaited: there is a channel for each socket.
 _NO_REPLIES: list[Method] = []
 
@@ -76,7 +80,7 @@ class Channel:
         """Send the methods and block until the broker has answered each that is not `nowait`.
 
         One greenlet at a time. Returns the answers in that order. Raises `ChannelLost`, with the broker's reply
-        code where it refused one.
+        code where it refused one; also where it does not answer within `ANSWER_TIMEOUT`: that closes the channel.
         """
         if self.lost is not None:
             raise self.lost
@@ -90,11 +94,17 @@ class Channel:
         self._awaited = AsyncResult()
         self._pika.awaited = expected
         self._pika.on_reply = self._on_reply
+        deadline = time.monotonic() + ANSWER_TIMEOUT
         try:
             wire.emit(b"".join([Frame(number, method).marshal() for method in methods]))
             while len(self._replies) < len(expected):
                 if self.lost is not None:  # in the same read as the last answer
                     raise self.lost
+                self._awaited.wait(max(0.0, deadline - time.monotonic()))
+                if not self._awaited.ready():
+                    missing = _first_missing(expected, self._replies).NAME
+                    self.close()
+                    raise ChannelLost(f"the broker did not answer within {ANSWER_TIMEOUT:g} s: no {missing}")
                 self._awaited.get()
                 self._awaited = AsyncResult()
             return _in_order(expected, self._replies)
@@ -108,6 +118,17 @@ class Channel:
         """Send a method that has no answer; does nothing on a lost channel. May be called from the hub."""
         if self.lost is None and self._pika.is_open:
             self._pika._send_method(method)
+
+    def send_back(self, tags: Sequence[int]) -> None:
+        """Give these deliveries back to their queue, where they keep their place (`basic.nack`, one by one)."""
+        if self.lost is None and self._pika.is_open:
+            number = self._pika.channel_number
+            nacks = [spec.Basic.Nack(tag, multiple=False, requeue=True) for tag in tags]
+            self._pika.connection.emit(b"".join([Frame(number, nack).marshal() for nack in nacks]))
+
+    def discard(self, tag: int) -> None:
+        """Have the broker drop a delivery or publish it to the queue's dead-letter exchange (`basic.reject`)."""
+        self.send(spec.Basic.Reject(tag, requeue=False))
 
     def ack(self, tag: int, *, multiple: bool, at_once: bool) -> None:
         """Acknowledge the delivery, or all up to it (`basic.ack`); on a lost channel they are void.
@@ -202,6 +223,15 @@ def _in_order(expected: Sequence[type[Method]], replies: list[Method]) -> list[M
     """Sort answers by what was asked: RabbitMQ's queues send `basic.consume-ok` when they get round to it."""
     left = list(replies)
     return [left.pop(next(i for i, reply in enumerate(left) if type(reply) is kind)) for kind in expected]
+
+
+def _first_missing(expected: Sequence[type[Method]], replies: Sequence[Method]) -> type[Method]:
+    left = [type(reply) for reply in replies]
+    for kind in expected:
+        if kind not in left:
+            return kind
+        left.remove(kind)
+    raise ValueError("none is missing")
 
 
 def _tell_return(

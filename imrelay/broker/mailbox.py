@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import gevent
 
 from imrelay.broker.frames import Delivery
@@ -44,15 +46,26 @@ class Bell:
 class Mailbox(Bell):
     """What waits for one socket's writer: deliveries, and frames from this process; in order.
 
-    It has no bound of its own: deliveries are bounded by the prefetch, frames by who puts them.
+    Who delivers keeps to `budget`, in bytes of bodies; frames are bounded by who puts them.
     """
 
-    __slots__ = ("_closed", "_items")
+    __slots__ = ("_closed", "_items", "_taken", "budget", "on_empty", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int = 1_048_576) -> None:
         super().__init__()
+        self.budget = budget
+        #: Bytes of the deliveries that wait or are being written; each counts one more, so that 0 means none.
+        self.size = 0
+        #: Called in the writer when all deliveries that were there have been written.
+        self.on_empty: Callable[[], None] | None = None
+        self._taken = 0
         self._items: list[Delivery | bytes] = []
         self._closed = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
 
     def put(self, frame: bytes) -> None:
         """Add a frame. May be called from the hub."""
@@ -66,6 +79,7 @@ class Mailbox(Bell):
         """
         if not self._closed:
             self._items.append(delivery)
+            self.size += len(delivery.body) + 1
             if self._waiting is not None and not self._is_rung:
                 self.ring()
 
@@ -75,8 +89,16 @@ class Mailbox(Bell):
         self.ring()
 
     def take(self) -> list[Delivery | bytes]:
-        """Block until there is something, and return all of it; an empty list once it is closed and empty."""
+        """Block until there is something, and return all of it; an empty list once it is closed and empty.
+
+        Whoever takes again has written what was taken before.
+        """
+        self.size -= self._taken
+        self._taken = 0
+        if self.on_empty is not None and not self.size and not self._closed:
+            self.on_empty()
         while not self._items and not self._closed:
             self.wait()
         items, self._items = self._items, []
+        self._taken = self.size
         return items

@@ -37,6 +37,10 @@ class Keep:
     exchange: bool = False
 
 
+#: From this version of RabbitMQ on, a quorum queue drops a message that came back 20 times unless it is told that
+#: there is no limit (-1). Before, there is none unless one is given, and -1 drops a message that comes back once.
+_LIMITS_RETURNS = (4,)
+
 #: What is tried in turn: after settings were changed, the broker refuses declarations of before with 406.
 AS_IT_STANDS = (Keep(), Keep(inbox=True), Keep(exchange=True), Keep(inbox=True, exchange=True))
 
@@ -79,12 +83,24 @@ class Topology:
         """`exchange.declare` for the exchange that all messages to users are published to."""
         return spec.Exchange.Declare(exchange=self.exchange, type="direct", durable=True)
 
-    def declare_user(self, user: str, keep: Keep = AS_IT_STANDS[0]) -> list[Method]:
+    def counts_who_stands_by(self, keep: Keep) -> bool:
+        """Whether a declare of the inbox counts all its consumers: at a classic queue, but not at a quorum queue.
+
+        Of what kind an inbox is that is taken as it stands, nobody says.
+        """
+        return not (self.is_replicated or keep.inbox)
+
+    def declare_user(self, user: str, keep: Keep, broker: tuple[int, ...]) -> list[Method]:
         """The methods that open a user's inbox, or find it open; none of them is answered.
+
+        `broker` is the version of RabbitMQ; empty where it is unknown.
 
         The inbox is bound before its exchange is: a message that finds no queue at the end of the way is returned.
         """
         exchange, inbox = self.user_exchange(user), self.inbox(user)
+        arguments = {} if keep.inbox else self._inbox_arguments
+        if self.is_replicated and not keep.inbox and broker >= _LIMITS_RETURNS:
+            arguments = arguments | {"x-delivery-limit": -1}
         return [
             spec.Exchange.Declare(exchange=self.exchange, type="direct", durable=True, nowait=True),
             spec.Exchange.Declare(
@@ -100,7 +116,7 @@ class Topology:
                 durable=True,
                 passive=keep.inbox,
                 nowait=True,
-                arguments={} if keep.inbox else self._inbox_arguments,
+                arguments=arguments,
             ),
             spec.Queue.Bind(queue=inbox, exchange=exchange, routing_key=_EVERY_MESSAGE, nowait=True),
             spec.Exchange.Bind(destination=exchange, source=self.exchange, routing_key=user, nowait=True),

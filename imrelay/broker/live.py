@@ -1,0 +1,87 @@
+"""What a consumer that stands by sets aside: around its attaching, and while it changes over to the inbox."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+
+from imrelay.broker.frames import Delivery
+from imrelay.broker.overflow import Identity, Overflow, identify
+
+__all__ = ["LiveQueue"]
+
+#: Messages of other programs that are remembered as shown from the live queue.
+_REMEMBERED = 256
+
+
+class LiveQueue:
+    """The live queue of one consumer on one channel, and the deliveries that are set aside because of it."""
+
+    __slots__ = ("_foreign", "early", "held", "is_ending", "name", "overflow", "set_aside")
+
+    def __init__(self, *, is_alone: bool) -> None:
+        """Begin; `is_alone`: the inbox had no consumer when this one came, so it may be the active one."""
+        #: As the broker names it; empty until it has.
+        self.name = ""
+        #: What came from it until it is clear that the inbox has nothing older to give; then None.
+        self.early: list[Delivery] | None = [] if is_alone else None
+        #: What the inbox gave since it began to; None until then.
+        self.held: list[Delivery] | None = None
+        #: Whether it is being deleted: what still comes from it has no place to go back to.
+        self.is_ending = False
+        #: What came from it and had no room.
+        self.overflow = Overflow()
+        #: Bytes of what is set aside.
+        self.set_aside = 0
+        self._foreign: deque[Identity] = deque(maxlen=_REMEMBERED)
+
+    def hold(self, delivery: Delivery) -> bool:
+        """Set aside a delivery of the inbox; tell whether it is the first."""
+        self.set_aside += len(delivery.body) + 1
+        if self.held is not None:
+            self.held.append(delivery)
+            return False
+        self.held = [delivery]
+        return True
+
+    def take(self, delivery: Delivery) -> bool:
+        """Take note of a delivery of the live queue; tell whether it was set aside."""
+        if not delivery.is_own:
+            self._foreign.append(identify(delivery))
+        if self.early is None:
+            return False
+        self.early.append(delivery)
+        self.set_aside += len(delivery.body) + 1
+        return True
+
+    def settle(self) -> list[Delivery]:
+        """Set aside no more of what comes from the live queue; return what was, and what the inbox gave before it.
+
+        Only where nobody was there when this consumer came: then what the inbox gives up to the first message that
+        the live queue has brought too is older than the live queue, and else could be newer.
+        """
+        early, self.early = self.early or [], None
+        held = self.held or []
+        ahead = {identify(delivery) for delivery in early}
+        cut = next((at for at, one in enumerate(held) if identify(one) in ahead), len(held)) if ahead else 0
+        settled = held[:cut] + early
+        if self.held is not None:
+            self.held = held[cut:]
+        self.set_aside -= sum(len(delivery.body) + 1 for delivery in settled)
+        return settled
+
+    def merge(self, certain: int) -> tuple[list[Delivery], list[Delivery]]:
+        """Return what was set aside in its order, and what of it is to be left out as shown twice.
+
+        Repeats of a relay's own messages stay in: their ids tell them to the writer. Messages of other programs
+        have no ids to trust, so of the first `certain` deliveries of the inbox, which had come before the live
+        queue was seen empty for the last time, those are left out that the live queue brought once and the inbox
+        gives once. Where either has the same content twice, all are shown.
+        """
+        held = self.held or []
+        repeats: list[Delivery] = []
+        if self._foreign:
+            shown, given = Counter(self._foreign), Counter(identify(one) for one in held if not one.is_own)
+            for one in held[:certain]:
+                if not one.is_own and shown[identify(one)] == given[identify(one)] == 1:
+                    repeats.append(one)
+        return [one for one in self.settle() + (self.held or []) if one not in repeats], repeats

@@ -1,0 +1,102 @@
+"""What a socket had no room for: sent back to its queue, and awaited from there in the same order.
+
+A queue gives what is sent back before anything newer, but what was already under way comes in between. So what
+comes is compared with what is awaited, by identity; what is not awaited is newer and goes the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from typing import NamedTuple
+
+from imrelay.broker.frames import Delivery
+
+__all__ = ["Overflow", "identify"]
+
+Identity = str | bytes
+
+
+def identify(delivery: Delivery) -> Identity:
+    """Return what tells a message from others: the `mid` of one of a relay, a digest of another program's.
+
+    Two messages of another program that have the same type, `message_id` and body cannot be told apart.
+    """
+    if delivery.is_own and delivery.mid is not None:
+        return delivery.mid
+    kind = b"binary" if delivery.binary else b"text"
+    mid = (delivery.mid or "").encode(errors="surrogatepass")
+    digest = hashlib.blake2b(b"%b %d %b" % (kind, len(mid), mid), digest_size=16)
+    digest.update(delivery.body)
+    return digest.digest()
+
+
+class _Refused(NamedTuple):
+    """A delivery whose body was dropped. The broker holds it as unacknowledged until it is sent back."""
+
+    tag: int
+    size: int
+    identity: Identity
+    redelivered: bool
+
+
+class Overflow:
+    """The deliveries of one queue on one channel that there was no room for, oldest first."""
+
+    __slots__ = ("_awaited", "_awaited_size", "_refused", "is_watched")
+
+    def __init__(self) -> None:
+        #: Sent back and not seen again.
+        self._awaited: deque[_Refused] = deque()
+        self._awaited_size = 0
+        #: Not sent back yet, and newer than all those.
+        self._refused: deque[_Refused] = deque()
+        #: Whether somebody looks after what does not come back.
+        self.is_watched = False
+
+    def __bool__(self) -> bool:
+        """Whether there is any."""
+        return bool(self._awaited or self._refused)
+
+    @property
+    def awaited(self) -> int:
+        """How many were sent back and have not come again."""
+        return len(self._awaited)
+
+    def refuse(self, delivery: Delivery) -> None:
+        """Drop the body of a delivery, which comes after all that are here."""
+        identity = identify(delivery)
+        self._refused.append(_Refused(delivery.tag, len(delivery.body) + 1, identity, delivery.redelivered))
+
+    def admit(self, delivery: Delivery) -> bool:
+        """Tell whether a delivery is an awaited one. Those before it are gone: expired or thrown away meanwhile.
+
+        It is told as delivered before only if it was so when it came first.
+        """
+        identity = identify(delivery)
+        place = next((at for at, refused in enumerate(self._awaited) if refused.identity == identity), None)
+        if place is None:
+            return False
+        for _ in range(place + 1):
+            refused = self._awaited.popleft()
+            self._awaited_size -= refused.size
+        delivery.redelivered = refused.redelivered
+        return True
+
+    def send_back(self, room: int) -> list[int]:
+        """Return the delivery tags of the oldest that fit into `room` bytes with all that are awaited.
+
+        The caller sends them back. A single one may be larger than the room.
+        """
+        tags: list[int] = []
+        while self._refused and (not self._awaited or self._awaited_size + self._refused[0].size <= room):
+            refused = self._refused.popleft()
+            self._awaited.append(refused)
+            self._awaited_size += refused.size
+            tags.append(refused.tag)
+        return tags
+
+    def give_up(self) -> None:
+        """Await nothing any more: what was sent back does not come."""
+        self._awaited.clear()
+        self._awaited_size = 0

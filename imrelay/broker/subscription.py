@@ -1,0 +1,334 @@
+"""A subscription: what one channel brings for one consumer, from the inbox and from a live queue.
+
+    deliveries --> mailbox        there is room, and nothing older is on its way
+               --> set aside      it stands by, and it is not yet clear what comes first: see `live`
+               --> sent back      there is no room: see `overflow`
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import gevent
+from gevent.event import Event
+from pika import spec
+from pika.amqp_object import Method
+
+from imrelay.broker.channel import Channel
+from imrelay.broker.live import LiveQueue
+from imrelay.broker.mailbox import Delivery, Mailbox
+from imrelay.broker.overflow import Overflow
+from imrelay.broker.topology import LIVE_TAG, Topology
+from imrelay.errors import ChannelLost
+
+__all__ = ["Subscription"]
+
+logger = logging.getLogger(__name__)
+
+#: Pause between two looks at a live queue that is still being emptied, in seconds.
+_PROMOTION_PAUSE = 0.02
+#: Longest time in which what waits in an inbox begins to come to its first consumer, in seconds; if it does not,
+#: somebody else gets it.
+_BEGINNING = 0.5
+#: Seconds after a live queue is bound in which its messages are set aside, lest the inbox begins with older ones.
+_SETTLING = 0.1
+#: Seconds without a delivery after which what was sent back is held for gone.
+_RETURNING = 5.0
+#: `channel.close` code of AMQP 0-9-1.
+_INTERNAL_ERROR = 541
+
+
+class Subscription:
+    """The deliveries of one channel to one mailbox. `on_fault` is called when the change to the inbox has failed.
+
+    The owner opens the channel with `on_delivery`, calls `begin`, and closes both.
+    """
+
+    __slots__ = (
+        "_channel",
+        "_first",
+        "_hurry_from",
+        "_is_begun",
+        "_is_smooth",
+        "_live",
+        "_mailbox",
+        "_newest",
+        "_on_fault",
+        "_ordered_from",
+        "_overflow",
+        "_unsaid",
+        "_user",
+        "has_stood_by",
+    )
+
+    def __init__(
+        self, user: str, mailbox: Mailbox, *, has_stood_by: bool, on_fault: Callable[[ChannelLost], None]
+    ) -> None:
+        #: Whether this socket ever got messages from a live queue, which the inbox may repeat one day.
+        self.has_stood_by = has_stood_by
+        self._user = user
+        self._mailbox = mailbox
+        self._on_fault = on_fault
+        self._channel: Channel | None = None
+        #: Whether `begin` has ended, so that others may use the channel.
+        self._is_begun = False
+        #: Set by the first delivery, where that is waited for.
+        self._first: Event | None = None
+        #: The live queue, while there is one.
+        self._live: LiveQueue | None = None
+        #: What came from the inbox and had no room.
+        self._overflow = Overflow()
+        #: Whether a delivery has nothing to do but to go to the mailbox.
+        self._is_smooth = False
+        #: Acknowledgements since the last that was sent at once, and how many make the next one so.
+        self._unsaid = self._hurry_from = 0
+        #: The delivery tag that came last; 0 while none has come.
+        self._newest = 0
+        #: From this delivery tag on, tags come out of the mailbox in their order, and none is left out.
+        self._ordered_from: float = 0
+
+    @property
+    def live_queue(self) -> str | None:
+        """The name of the live queue; None where there is none, or none that lasts."""
+        live = self._live
+        return live.name if live is not None and live.held is None and live.name else None
+
+    def begin(
+        self, channel: Channel, topology: Topology, prefetch: int, declarations: list[Method], *, is_counted: bool
+    ) -> None:
+        """Consume from the inbox, and from a live queue unless this is known to be the active consumer.
+
+        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by. Raises `ChannelLost`.
+        """
+        self._channel = channel
+        self._hurry_from = prefetch // 2
+        self._first = None if is_counted else Event()
+        ask = topology.ask_inbox(self._user)
+        before, _, _, after = channel.call(
+            *declarations, ask, spec.Basic.Qos(prefetch_count=prefetch), topology.consume_inbox(self._user), ask
+        )
+        self._check(channel)
+        is_alone = not before.consumer_count
+        if self._first is not None:
+            if is_alone and before.message_count:
+                self._first.wait(_BEGINNING)
+                self._check(channel)
+            self._first = None
+        # An inbox delivers to one consumer until that leaves: who has got anything is the active one.
+        if not self._newest and not (is_counted and after.consumer_count <= 1):
+            self._stand_by(channel, topology, ask, is_alone)
+        self._is_begun = True
+        live = self._live
+        if live is None:
+            self._end_overflow()
+        elif live.held is not None:
+            self._promote(channel, live)
+        elif is_alone:
+            gevent.spawn_later(_SETTLING, self._settle, live)
+
+    def _stand_by(self, channel: Channel, topology: Topology, ask: Method, is_alone: bool) -> None:
+        # All in one, and the consumer before the binding: a live queue that never had a consumer would outlive its
+        # socket, whatever ends the channel meanwhile. Without a name it is the one declared last, and the last
+        # answer says that it has been bound.
+        live = self._live = LiveQueue(is_alone=is_alone)
+        self.has_stood_by = True
+        declare, bind = topology.declare_live(), topology.bind_live(self._user, "")
+        live.name = channel.call(declare, topology.consume_live(""), bind, ask)[0].queue
+        self._check(channel)
+
+    def _check(self, channel: Channel) -> None:
+        """Raise `ChannelLost` if this has ended, with the last answer or while it was awaited."""
+        if self._channel is not channel or channel.lost is not None:
+            raise channel.lost or ChannelLost("the channel is being closed")
+
+    def close(self) -> None:
+        """Take nothing any more; the owner closes the channel. Idempotent."""
+        self._channel = None
+        self._live = None
+        self._is_smooth = False
+        self._mailbox.on_empty = None
+        if self._first is not None:
+            self._first.set()
+
+    def ack(self, taken: Sequence[Delivery]) -> None:
+        """Acknowledge deliveries that were taken from the mailbox, in the order in which they came out of it.
+
+        Those of a channel that has gone are skipped: the broker delivers them again.
+        """
+        channel, last = self._channel, taken[-1]
+        if channel is None or last.channel is not channel:
+            return
+        first = taken[0] if taken[0].channel is channel else next(one for one in taken if one.channel is channel)
+        if first.tag >= self._ordered_from:
+            channel.ack(last.tag, multiple=True, at_once=self._is_urgent(len(taken)))
+        else:
+            self.ack_each(taken)
+
+    def ack_each(self, taken: Sequence[Delivery]) -> None:
+        """Acknowledge these deliveries and no others, in whatever order they came."""
+        channel = self._channel
+        if channel is None:
+            return
+        at_once = self._is_urgent(len(taken))
+        for delivery in taken:
+            if delivery.channel is channel:
+                channel.ack(delivery.tag, multiple=False, at_once=at_once)
+
+    def discard(self, delivery: Delivery) -> None:
+        """Reject a delivery without having it again (`basic.reject`)."""
+        if self._channel is not None and delivery.channel is self._channel:
+            self._channel.discard(delivery.tag)
+
+    def _is_urgent(self, count: int) -> bool:
+        """Tell whether the broker should hear of acknowledgements now, lest it run out of what it may deliver."""
+        self._unsaid += count
+        if self._unsaid < self._hurry_from:
+            return False
+        self._unsaid = 0
+        return True
+
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Take a delivery, in the hub."""
+        channel = self._channel
+        if channel is None:
+            return
+        self._newest = delivery.tag
+        delivery.channel = channel
+        # A message of another program that comes for the first time is no repeat, whatever its id: such programs
+        # may give many messages the same one.
+        delivery.may_repeat = delivery.redelivered or delivery.is_own or self.has_stood_by
+        mailbox = self._mailbox
+        if self._is_smooth and mailbox.size + len(delivery.body) < mailbox.budget:
+            mailbox.deliver(delivery)
+        else:
+            self._sort(channel, delivery)
+
+    def _sort(self, channel: Channel, delivery: Delivery) -> None:
+        """Deliver, set aside or refuse a delivery, in the hub."""
+        if self._mailbox.is_closed:  # what it holds is still being written; then the consumer is closed too
+            return
+        if self._first is not None:
+            self._first.set()
+        live = self._live
+        if live is not None and delivery.consumer_tag == LIVE_TAG:
+            if not (live.is_ending or self._has_place(live.overflow, delivery)):
+                self._refuse(live.overflow, delivery)
+                self._settle(live)
+            elif not live.take(delivery):
+                self._mailbox.deliver(delivery)
+                self._end_overflow()
+        elif not self._has_place(self._overflow, delivery):
+            self._refuse(self._overflow, delivery)
+        elif live is None:
+            self._mailbox.deliver(delivery)
+            self._end_overflow()
+        elif live.hold(delivery):
+            self._ordered_from = math.inf
+            if self._is_begun:  # else `begin` still uses the channel
+                self._promote(channel, live)
+
+    def _has_place(self, overflow: Overflow, delivery: Delivery) -> bool:
+        """Tell whether a delivery is the next in its order, and has room."""
+        if overflow:
+            return overflow.admit(delivery)
+        mailbox, live = self._mailbox, self._live
+        used = mailbox.size + (live.set_aside if live is not None else 0)
+        return not used or used + len(delivery.body) < mailbox.budget
+
+    def _refuse(self, overflow: Overflow, delivery: Delivery) -> None:
+        """Drop a delivery's body; it is sent back to its queue when there is room for it."""
+        if not overflow.is_watched:
+            overflow.is_watched = True
+            gevent.spawn(self._run_watch, self._channel, overflow).name = f"overflow:{self._user}"
+        overflow.refuse(delivery)
+        self._is_smooth = False
+        self._ordered_from = math.inf
+        self._mailbox.on_empty = self._on_room
+        if not self._mailbox.size:
+            self._on_room()
+
+    def _on_room(self) -> None:
+        """Have what was refused delivered again: the mailbox is empty. In the hub or the writer."""
+        channel, live = self._channel, self._live
+        overflow = self._overflow if live is None else live.overflow
+        if channel is not None and overflow:
+            channel.send_back(overflow.send_back(self._mailbox.budget))
+
+    def _end_overflow(self) -> None:
+        """Go back to the plain way if all that was refused has come again."""
+        live = self._live
+        if self._overflow or not self._is_begun:
+            return
+        if live is None:
+            self._is_smooth = True
+        elif live.overflow or live.held is not None:
+            return
+        if self._ordered_from == math.inf:
+            self._mailbox.on_empty = None
+            self._ordered_from = self._newest + 1
+
+    def _run_watch(self, channel: Channel, overflow: Overflow) -> None:
+        """Await no more what does not come back: it has expired or was thrown away meanwhile."""
+        while overflow and self._channel is channel:
+            before = overflow.awaited, self._newest
+            gevent.sleep(_RETURNING)
+            if self._channel is channel and overflow.awaited and before == (overflow.awaited, self._newest):
+                overflow.give_up()
+                if not self._mailbox.size:
+                    self._on_room()
+                self._end_overflow()
+        overflow.is_watched = False
+
+    def _settle(self, live: LiveQueue) -> None:
+        """Deliver what came from the live queue at first, if the inbox has not begun to deliver meanwhile."""
+        if self._live is live and (live.held is None or live.overflow):
+            self._deliver(live.settle())
+
+    def _deliver(self, deliveries: Sequence[Delivery]) -> None:
+        for delivery in deliveries:
+            self._mailbox.deliver(delivery)
+
+    def _promote(self, channel: Channel, live: LiveQueue) -> None:
+        """Begin to change over; not while `attach` still uses the channel."""
+        gevent.spawn(self._run_promotion, channel, live).name = f"promotion:{self._user}"
+
+    def _run_promotion(self, channel: Channel, live: LiveQueue) -> None:
+        try:
+            self._change_over(channel, live)
+            return
+        except ChannelLost as exc:
+            lost = exc
+        except Exception:
+            logger.exception("the promotion of a consumer of %s met a fault of the relay's", ascii(self._user))
+            lost = ChannelLost("a fault of the relay's", _INTERNAL_ERROR)
+        if self._channel is channel:  # else the owner knows
+            self._on_fault(lost)
+
+    def _change_over(self, channel: Channel, live: LiveQueue) -> None:
+        """Change over from the live queue to the inbox, without a gap and without a message out of order.
+
+        But what waited in the inbox from before this socket came, and nobody took, it gets after newer messages.
+        The inbox begins with what the former active consumer had not taken, which may be later than what the
+        live queue still holds: so that is emptied first, and the inbox's deliveries are held meanwhile.
+        """
+        look = spec.Queue.Declare(queue=live.name, passive=True)
+        while True:
+            certain = len(live.held or ())
+            if not channel.call(look)[0].message_count and not live.overflow:
+                break
+            self._deliver(live.settle())  # else what is set aside would keep the rest from coming
+            gevent.sleep(_PROMOTION_PAUSE)
+        live.is_ending = True
+        channel.call(spec.Basic.Cancel(LIVE_TAG))  # the last consumer: the live queue goes with it
+        if self._channel is not channel:
+            return
+        kept, repeats = live.merge(certain)
+        self._live = None
+        self._deliver(kept)
+        if repeats:
+            self.ack_each(repeats)
+        self._end_overflow()
+        if self._overflow and not self._mailbox.size:
+            self._on_room()
