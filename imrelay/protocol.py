@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from imrelay.message import from_node, is_json, pong_frame, v1_frame
 from imrelay.mid import mid_time_ms
 from imrelay.submission import ClientAck, ClientPing, is_utf8
 
-__all__ = ["SUBPROTOCOLS", "V1", "Frame", "Plain", "choose"]
+__all__ = ["SUBPROTOCOLS", "V1", "Frame", "Plain", "choose", "remembered"]
 
 #: (payload, whether it is binary)
 Frame = tuple[bytes, bool]
@@ -28,48 +29,83 @@ _V1_NAME = "imrelay.v1"
 #: What the relay speaks by name, in its order of preference.
 SUBPROTOCOLS = (_V1_NAME, "echo-protocol")
 
-#: Messages that are remembered as sent, to know repeats; at most twice as many. The larger number is for a socket
-#: that stands by: what its live queue brought, the inbox repeats when it is promoted.
-_REMEMBERED, _REMEMBERED_STANDING_BY = 512, 10_000
+#: A session of `imrelay.v1`: the ULID that its welcome names.
+_SESSION_ID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
+#: Who comes back offers this with the session of its last welcome behind it, beside `imrelay.v1`.
+_RESUME = "imrelay.resume."
+
+#: Bounds of the messages that a socket remembers as sent, to know repeats of them.
+_FEWEST_REMEMBERED, _MOST_REMEMBERED = 1_024, 20_000
+#: At least as many for a socket that has stood by: what its live queue brought, the inbox may repeat when it is
+#: promoted, with all that waited behind what the former active consumer did not acknowledge.
+_REMEMBERED_STANDING_BY = 10_000
+#: How long at least a message is remembered, in seconds, while no more than those come.
+_REMEMBERED_TIME = 3_600.0
+#: Length of a relay's own message ids; the first ten characters are a time, the others tell messages apart.
+_SIZE_OF_MID, _SIZE_OF_TIME = 26, 10
+
+
+def remembered(publish_queue: int) -> int:
+    """Return how many messages a socket remembers, by how many a relay may publish again after a lost connection.
+
+    Twice as many: a second relay, whose broker went at the same moment, may have published as many in between.
+    """
+    return max(_FEWEST_REMEMBERED, min(2 * publish_queue, _MOST_REMEMBERED))
 
 
 class _Memory:
-    """The ids of the messages that were sent last, in two generations: no bookkeeping per message but a set."""
+    """The messages of relays that were sent last, in two generations: no bookkeeping per message but a dictionary.
 
-    __slots__ = ("_older", "_recent")
+    One generation is `size` messages, or those of `_REMEMBERED_TIME`: a socket that lives for days with a message
+    now and then remembers few.
+    """
 
-    def __init__(self) -> None:
-        self._recent: set[str] | None = None  # nothing, for the many who only listen
-        self._older: set[str] | None = None
+    __slots__ = ("_began", "_older", "_recent")
 
-    def knows(self, mid: str, consumer: Consumer) -> bool:
-        """Tell whether an id is among the last, and remember it."""
+    def __init__(self, now: float) -> None:
+        self._recent: dict[str, None] = {}
+        self._older: dict[str, None] = {}
+        self._began = now
+
+    def knows(self, key: str, size: int, consumer: Consumer, now: float) -> bool:
+        """Tell whether a message is among the last, and remember it.
+
+        `now` is by a monotonic clock, in seconds.
+        """
         recent = self._recent
-        if recent is None:
-            self._recent = {mid}
-            return False
-        if mid in recent or (self._older is not None and mid in self._older):
+        if key in recent or key in self._older:
             return True
-        recent.add(mid)
-        if len(recent) >= _REMEMBERED and (not consumer.has_stood_by or len(recent) >= _REMEMBERED_STANDING_BY):
-            self._older, self._recent = recent, set()
+        recent[key] = None
+        # Only behind one that is new: after a pause, what is delivered again comes first.
+        if len(recent) < size and now - self._began < _REMEMBERED_TIME:
+            return False
+        if not consumer.has_stood_by or len(recent) >= max(size, _REMEMBERED_STANDING_BY):
+            self._older, self._recent, self._began = recent, {}, now
         return False
 
 
 class Plain:
     """Writes messages as they are; what is written to the TCP connection is taken."""
 
-    __slots__ = ("_consumer", "_memory", "_node_envelope")
+    __slots__ = ("_clock", "_consumer", "_memory", "_node_envelope", "_remembered")
 
-    def __init__(self, consumer: Consumer, *, node_envelope: bool) -> None:
+    def __init__(
+        self,
+        consumer: Consumer,
+        *,
+        node_envelope: bool,
+        remembered: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
         self._consumer = consumer
         self._node_envelope = node_envelope
-        self._memory = _Memory()
+        self._remembered = remembered
+        self._memory: _Memory | None = None  # nothing, for the many who only listen
 
     def encode(self, delivery: Delivery) -> Frame | None:
         """Return what is to be written for a delivery; None for a repeat of what this socket got already."""
-        mid = delivery.mid
-        if mid is not None and self._memory.knows(mid, self._consumer) and delivery.may_repeat:
+        if self._is_repeat(_key_of(delivery)):
             return None
         if self._node_envelope or not delivery.body.isascii():
             return self._unpack(delivery)
@@ -87,6 +123,14 @@ class Plain:
         """Tell whether the browser has failed to acknowledge something for `timeout` seconds."""
         return False
 
+    def _is_repeat(self, key: str | None) -> bool:
+        if key is None:
+            return False
+        now = self._clock()
+        if self._memory is None:
+            self._memory = _Memory(now)
+        return self._memory.knows(key, self._remembered, self._consumer, now)
+
     def _unpack(self, delivery: Delivery) -> Frame:
         """Return the message in an AMQP body (PROTOCOL section 6)."""
         body = delivery.body
@@ -98,13 +142,15 @@ class Plain:
 
 
 class _Sent:
-    """A message that was sent and not yet acknowledged by the browser."""
+    """A message that was sent and not yet acknowledged by the browser; its body stays with the broker."""
 
-    __slots__ = ("delivery", "seq", "since")
+    __slots__ = ("delivery", "key", "seq", "since")
 
-    def __init__(self, seq: int, delivery: Delivery, since: float) -> None:
+    def __init__(self, seq: int, delivery: Delivery, key: str | None, since: float) -> None:
         self.seq = seq
         self.delivery = delivery
+        #: What a repeat of it is known by; None where there is no repeat detection.
+        self.key = key
         self.since = since
 
 
@@ -112,19 +158,26 @@ class V1(Plain):
     """Numbers the messages; what the browser has acknowledged is taken.
 
     After the broker was away, it delivers again what was not acknowledged to it. What this socket has already is
-    not sent again: the new delivery takes the place of the one that is void, or is acknowledged at once.
+    not sent again: the new delivery takes the place of the one that is void, or is acknowledged at once. A message
+    of another program is sent again, with a number of its own, and the void delivery is forgotten.
     """
 
-    __slots__ = ("_by_mid", "_clock", "_seq", "_unacknowledged")
+    __slots__ = ("_by_key", "_seq", "_source", "_unacknowledged")
 
     def __init__(
-        self, consumer: Consumer, *, node_envelope: bool, clock: Callable[[], float] = time.monotonic
+        self,
+        consumer: Consumer,
+        *,
+        node_envelope: bool,
+        remembered: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(consumer, node_envelope=node_envelope)
-        self._clock = clock
+        super().__init__(consumer, node_envelope=node_envelope, remembered=remembered, clock=clock)
         self._seq = 0
         self._unacknowledged: deque[_Sent] = deque()
-        self._by_mid: dict[str, _Sent] = {}
+        self._by_key: dict[str, _Sent] = {}
+        #: The channel of the last delivery.
+        self._source: object = None
 
     @staticmethod
     def welcome(user: str, session: str, *, ping_interval: float, max_message_size: int) -> bytes:
@@ -139,25 +192,40 @@ class V1(Plain):
         return json.dumps({"welcome": fields}, ensure_ascii=False, separators=(",", ":")).encode()
 
     def encode(self, delivery: Delivery) -> Frame | None:
-        """Return the numbered frame for a delivery; None for a repeat."""
-        mid = delivery.mid
-        if mid is not None and self._memory.knows(mid, self._consumer) and delivery.may_repeat:
-            sent = self._by_mid.get(mid)
-            if sent is not None:
-                stale, sent.delivery = sent.delivery, delivery
-                self._consumer.ack_each([stale])  # of this channel still, it takes one place of the prefetch
-            else:
-                self._consumer.ack_each([delivery])
+        """Return the numbered frame for a delivery; None for a repeat. Lets go of the delivery's body."""
+        if delivery.channel is not self._source:
+            self._source = delivery.channel
+            self._forget_void(delivery.channel)
+        key = _key_of(delivery)
+        if self._is_repeat(key):
+            self._take_repeat(key, delivery)
             return None
-        self._seq += 1
-        sent = _Sent(self._seq, delivery, self._clock())
-        self._unacknowledged.append(sent)
-        if delivery.mid is not None:
-            self._by_mid[delivery.mid] = sent
         payload, binary = self._unpack(delivery)
+        delivery.body = b""  # what is not acknowledged comes again from the broker
+        self._seq += 1
+        sent = _Sent(self._seq, delivery, key, self._clock())
+        self._unacknowledged.append(sent)
+        if key is not None:
+            self._by_key[key] = sent
         time_ms = delivery.time_ms if delivery.time_ms is not None else mid_time_ms(delivery.mid)
         own = delivery.is_own or is_json(payload)
         return v1_frame(self._seq, delivery.mid, time_ms, payload, own, delivery.redelivered), binary
+
+    def _take_repeat(self, key: str | None, delivery: Delivery) -> None:
+        delivery.body = b""
+        sent = self._by_key.get(key or "")
+        if sent is not None:
+            stale, sent.delivery = sent.delivery, delivery
+            self._consumer.ack_each([stale])  # of this channel still, it takes one place of the prefetch
+        else:
+            self._consumer.ack_each([delivery])
+
+    def _forget_void(self, channel: object) -> None:
+        """Forget other programs' messages of a channel that has gone: they come again by themselves."""
+        if self._unacknowledged:
+            self._unacknowledged = deque(
+                sent for sent in self._unacknowledged if sent.key is not None or sent.delivery.channel is channel
+            )
 
     def written(self, deliveries: Sequence[Delivery]) -> None:
         """Nothing is taken by being written."""
@@ -170,10 +238,10 @@ class V1(Plain):
             raise BadMessage(f"ack: {control.seq} was not sent in this session, whose last seq is {self._seq}")
         taken: list[Delivery] = []
         while self._unacknowledged and self._unacknowledged[0].seq <= control.seq:
-            delivery = self._unacknowledged.popleft().delivery
-            taken.append(delivery)
-            if delivery.mid is not None:
-                self._by_mid.pop(delivery.mid, None)
+            sent = self._unacknowledged.popleft()
+            taken.append(sent.delivery)
+            if sent.key is not None:
+                self._by_key.pop(sent.key, None)
         self._consumer.ack_each(taken)
         return None
 
@@ -182,6 +250,18 @@ class V1(Plain):
         return bool(self._unacknowledged) and self._clock() - self._unacknowledged[0].since > timeout
 
 
-def choose(subprotocol: str | None, consumer: Consumer, *, node_envelope: bool) -> Plain:
+def choose(subprotocol: str | None, consumer: Consumer, *, node_envelope: bool, remembered: int) -> Plain:
     """Return the protocol of a socket by the name that the handshake agreed on."""
-    return (V1 if subprotocol == _V1_NAME else Plain)(consumer, node_envelope=node_envelope)
+    kind = V1 if subprotocol == _V1_NAME else Plain
+    return kind(consumer, node_envelope=node_envelope, remembered=remembered)
+
+
+def _key_of(delivery: Delivery) -> str | None:
+    """Return what a message is known by when it comes again; None where there is no repeat detection.
+
+    Only the ids of relays count, which `app_id` tells: another program may give many messages one id.
+    """
+    mid = delivery.mid
+    if mid is None or not delivery.is_own or len(mid) != _SIZE_OF_MID:
+        return None
+    return mid[_SIZE_OF_TIME:]

@@ -23,7 +23,7 @@ from imrelay.descriptors import allot
 from imrelay.errors import ConfigError, SetupError
 from imrelay.hub import Hub
 from imrelay.mid import MessageIds
-from imrelay.protocol import SUBPROTOCOLS
+from imrelay.protocol import SUBPROTOCOLS, remembered
 from imrelay.session import Services
 from imrelay.web import Desk
 from imrelay.websocket import Admission, Listener, WebSocketHandler
@@ -77,6 +77,7 @@ class Relay:
                 MessageIds(time.time),
                 limits=config.websocket,
                 node_envelope=broker.envelope == "node",
+                remembered=remembered(broker.publish_queue),
             ),
             config.server.allowed_origins,
             Admission(capacity.http),

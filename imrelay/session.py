@@ -28,7 +28,7 @@ from imrelay.errors import AnswerableError, BrokerUnavailable, InboxFull
 from imrelay.hub import Hub
 from imrelay.message import ack_frame, error_frame, to_node
 from imrelay.mid import MessageIds
-from imrelay.protocol import V1, Frame, choose
+from imrelay.protocol import V1, Frame, Plain, choose
 from imrelay.resends import Resends
 from imrelay.submission import ClientAck, ClientPing, Submission, parse
 from imrelay.websocket import ConnectionClosed, WebSocket
@@ -63,6 +63,8 @@ class Services:
     limits: WebSocketConfig
     #: Whether bodies are wrapped as the article's Node.js server does (`envelope = node`).
     node_envelope: bool
+    #: Messages that a socket remembers, to know repeats of them.
+    remembered: int
 
 
 class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # not subscriptable before Python 3.11
@@ -110,7 +112,7 @@ class Session:
         self._mailbox = Mailbox(services.limits.max_send_buffer)
         services.hub.join(self)
         self._consumer: Consumer = services.consumers.consume(user, self._mailbox)
-        self._protocol = choose(None, self._consumer, node_envelope=services.node_envelope)
+        self._protocol = self._choose(None)
 
     def wait_attached(self, timeout: float) -> bool:
         """Block until messages for the user arrive here, or for `timeout` seconds; tell whether they do."""
@@ -123,7 +125,7 @@ class Session:
             websocket.close(1012, "the relay is stopping")
             return
         services = self._services
-        self._protocol = choose(websocket.subprotocol, self._consumer, node_envelope=services.node_envelope)
+        self._protocol = self._choose(websocket.subprotocol)
         self._set_state(State.OPEN)
         self._log.info("open, protocol %s", websocket.subprotocol or "none")
         writer = gevent.spawn(self._run_writer, websocket)
@@ -181,6 +183,15 @@ class Session:
         if self._protocol.is_overdue(self._services.limits.ack_timeout):
             self._log.warning("a message stayed unacknowledged over ack_timeout")
             self.close(4408, "messages stayed unacknowledged over ack_timeout")
+
+    def _choose(self, subprotocol: str | None) -> Plain:
+        services = self._services
+        return choose(
+            subprotocol,
+            self._consumer,
+            node_envelope=services.node_envelope,
+            remembered=services.remembered,
+        )
 
     @property
     def _log(self) -> _Log:

@@ -65,7 +65,7 @@ class Delivery:
     """A message from the broker that waits to be taken (`basic.deliver`)."""
 
     __slots__ = (
-        "binary", "body", "channel", "consumer_tag", "is_own", "may_repeat", "mid", "redelivered", "tag", "time_ms"
+        "binary", "body", "channel", "consumer_tag", "is_own", "mid", "redelivered", "tag", "time_ms"
     )  # fmt: skip
 
     def __init__(
@@ -84,17 +84,16 @@ class Delivery:
         #: Whether the broker has delivered it before, to anybody.
         self.redelivered = redelivered
         self.body = body
-        #: The AMQP property `message_id`; without it there is no repeat detection.
+        #: The AMQP property `message_id`.
         self.mid = mid
         #: Whether the AMQP property `type` says that it came in a binary frame.
         self.binary = binary
-        #: Whether a relay published it, so that its body is a message.
+        #: Whether a relay published it (`app_id`): its body is a message, its `message_id` tells repeats.
         self.is_own = is_own
         #: The AMQP property `timestamp`, in milliseconds since 1970; other programs may set it.
         self.time_ms = time_ms
-        #: Whose delivery it is, and whether it may have been delivered before: for the consumer to set.
+        #: Whose delivery it is; for the consumer to set.
         self.channel: object = None
-        self.may_repeat = True
 
     @classmethod
     def from_pika(cls, method: spec.Basic.Deliver, properties: spec.BasicProperties, body: bytes) -> Delivery:

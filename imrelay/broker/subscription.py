@@ -196,9 +196,6 @@ class Subscription:
             return
         self._newest = delivery.tag
         delivery.channel = channel
-        # A message of another program that comes for the first time is no repeat, whatever its id: such programs
-        # may give many messages the same one.
-        delivery.may_repeat = delivery.redelivered or delivery.is_own or self.has_stood_by
         mailbox = self._mailbox
         if self._is_smooth and mailbox.size + len(delivery.body) < mailbox.budget:
             mailbox.deliver(delivery)
