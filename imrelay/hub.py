@@ -13,6 +13,8 @@ from imrelay.forever import run_for_ever
 
 __all__ = ["Hub", "Member"]
 
+#: Close code of a session whose browser has come back on another connection.
+RESUMED = 4409
 #: Seconds between two looks at all sessions.
 SWEEP_INTERVAL = 1.0
 
@@ -22,11 +24,18 @@ logger = logging.getLogger(__name__)
 class Member(Protocol):
     """What the hub needs of a session."""
 
+    user: str
+    #: The name by which a session may be resumed; empty where it may not.
+    id: str
+
     def finish(self, code: int, reason: str) -> None:
         """End the session when what is under way to it has been written; returns at once."""
 
     def close(self, code: int, reason: str) -> None:
         """End the session now; returns at once."""
+
+    def wait_detached(self, timeout: float) -> bool:
+        """Block, once it was ended, until the broker has back what was not taken; tell whether it has in time."""
 
     def check(self) -> None:
         """Look whether the session has to end; called every `SWEEP_INTERVAL`."""
@@ -38,6 +47,7 @@ class Hub:
     def __init__(self, max_connections: int) -> None:
         self._max = max_connections
         self._members: set[Member] = set()
+        self._by_id: dict[str, Member] = {}
         self._empty = Event()
         self._empty.set()
         #: Members whose `check` has failed: they have been closed, and are not looked at again.
@@ -75,6 +85,24 @@ class Hub:
         self._faulty.discard(member)
         if not self._members:
             self._empty.set()
+
+    def register(self, member: Member) -> None:
+        """Let a session be found by its id, until `forget`."""
+        self._by_id[member.id] = member
+
+    def forget(self, member: Member) -> None:
+        """No longer let it be found. Idempotent."""
+        self._by_id.pop(member.id, None)
+
+    def end(self, user: str, session: str, timeout: float) -> None:
+        """End a session whose browser has come back, if it is one of this user; does nothing the second time.
+
+        Blocks until the broker has back what was not taken, or for `timeout` seconds.
+        """
+        member = self._by_id.get(session)
+        if member is not None and member.user == user:
+            member.close(RESUMED, "resumed by another connection")
+            member.wait_detached(timeout)
 
     def drain(self, code: int, reason: str, timeout: float) -> int:
         """End every session as soon as it has finished, and after `timeout` seconds at once.

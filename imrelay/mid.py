@@ -48,6 +48,11 @@ class MessageIds:
         #: The upper part of the time, which changes every quarter of an hour, and its digits.
         self._epoch, self._epoch_digits = -1, ""
 
+    @property
+    def incarnation(self) -> str:
+        """What this process has drawn: the ten characters behind the time in each of its ids."""
+        return self._own
+
     def next(self) -> tuple[str, int]:
         """Return a new id and its time in milliseconds since 1970; a clock set back does not undo the order."""
         now = int(self._clock() * 1000)

@@ -20,7 +20,7 @@ from imrelay.message import from_node, is_json, pong_frame, v1_frame
 from imrelay.mid import mid_time_ms
 from imrelay.submission import ClientAck, ClientPing, is_utf8
 
-__all__ = ["SUBPROTOCOLS", "V1", "Frame", "Plain", "choose", "remembered"]
+__all__ = ["SUBPROTOCOLS", "V1", "Frame", "Plain", "choose", "remembered", "resumed_session"]
 
 #: (payload, whether it is binary)
 Frame = tuple[bytes, bool]
@@ -51,6 +51,18 @@ def remembered(publish_queue: int) -> int:
     Twice as many: a second relay, whose broker went at the same moment, may have published as many in between.
     """
     return max(_FEWEST_REMEMBERED, min(2 * publish_queue, _MOST_REMEMBERED))
+
+
+def resumed_session(offered: str) -> str | None:
+    """Return the session that a handshake resumes, by the subprotocols that it offers; None where it resumes none.
+
+    Only beside `imrelay.v1`, and the first of several; malformed is none.
+    """
+    if _RESUME not in offered:
+        return None
+    names = [name.strip(" \t") for name in offered.split(",")]
+    session = next((name.removeprefix(_RESUME) for name in names if name.startswith(_RESUME)), "")
+    return session if _V1_NAME in names and _SESSION_ID.fullmatch(session) else None
 
 
 class _Memory:

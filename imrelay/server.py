@@ -17,6 +17,7 @@ from imrelay.broker.inbox import InboxKeeper
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.private import PrivateBroker
 from imrelay.broker.publisher import Publisher
+from imrelay.broker.relays import RelayQueue
 from imrelay.broker.topology import Topology
 from imrelay.config import Config
 from imrelay.descriptors import allot
@@ -69,12 +70,20 @@ class Relay:
         )
         capacity = allot(config, places=places)
         self._hub = Hub(capacity.sockets)
+        mids = MessageIds(time.time)
+        self._relays = RelayQueue(
+            mids.incarnation,
+            wait_for_connection=self._consumers.wait_for_connection,
+            publishing=self._publisher.connection,
+            end_here=self._hub.end,
+        )
         self.desk = Desk(
             Services(
                 self._hub,
                 self._consumers,
                 self._publisher,
-                MessageIds(time.time),
+                mids,
+                self._relays,
                 limits=config.websocket,
                 node_envelope=broker.envelope == "node",
                 remembered=remembered(broker.publish_queue),
@@ -88,6 +97,7 @@ class Relay:
         self._hub.start()
         self._publisher.start()
         self._consumers.start()
+        self._relays.start()
 
     def stop(self, timeout: float) -> None:
         """Stop gracefully within about `timeout` seconds: answer what was accepted, close every socket (1012)."""
@@ -96,6 +106,7 @@ class Relay:
         lost = self._publisher.flush(until - time.monotonic())
         if lost:
             logger.error("%d messages were not confirmed by the broker; their senders are told", lost)
+        self._relays.stop()  # who comes back elsewhere is not to wait for what is about to end
         publisher = gevent.spawn(self._publisher.stop)
         gevent.sleep(0)  # it answers those senders at once, while they can be told
         late = self._hub.drain(1012, "the relay is stopping", max(min(1.0, timeout / 8), until - time.monotonic()))

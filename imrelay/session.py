@@ -23,6 +23,7 @@ from imrelay.broker.mailbox import Bell, Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.publication import Publication
 from imrelay.broker.publisher import Publisher
+from imrelay.broker.relays import RelayQueue
 from imrelay.config import WebSocketConfig
 from imrelay.errors import AnswerableError, BrokerUnavailable, InboxFull
 from imrelay.hub import Hub
@@ -39,8 +40,12 @@ logger = logging.getLogger(__name__)
 
 #: Frames of one browser that are read but not yet answered; then its socket is not read.
 _MAX_OWED = 256
+#: Bytes of answers that wait for the writer; then the socket is not read. One answer may be larger.
+_MAX_OWED_BYTES = 65_536
 #: Bytes that are written to a browser at once, before they are acknowledged to the broker.
 _CHUNK = 65_536
+#: Seconds for the broker to confirm the end of a channel; then the session is forgotten all the same.
+_DETACH_TIMEOUT = 2.0
 
 
 class State(enum.Enum):
@@ -60,6 +65,7 @@ class Services:
     consumers: ConsumerPool
     publisher: Publisher
     mids: MessageIds
+    relays: RelayQueue
     limits: WebSocketConfig
     #: Whether bodies are wrapped as the article's Node.js server does (`envelope = node`).
     node_envelope: bool
@@ -91,13 +97,16 @@ class Session:
         "_services",
         "_since",
         "_websocket",
+        "id",
         "state",
         "user",
     )
 
     def __init__(self, user: str, services: Services) -> None:
-        """Join the hub and begin to consume; the socket is not upgraded yet."""
+        """Join the hub; the socket is not upgraded yet."""
         self.user = user
+        #: What the welcome of `imrelay.v1` names; empty for a plain client.
+        self.id = ""
         self.state = State.CONNECTING
         self._services = services
         self._websocket: WebSocket | None = None
@@ -110,9 +119,13 @@ class Session:
         self._farewell = (1000, "")
         self._since = time.monotonic()
         self._mailbox = Mailbox(services.limits.max_send_buffer)
-        services.hub.join(self)
-        self._consumer: Consumer = services.consumers.consume(user, self._mailbox)
+        self._consumer: Consumer = services.consumers.prepare(user, self._mailbox)
         self._protocol = self._choose(None)
+        services.hub.join(self)
+
+    def consume(self) -> None:
+        """Begin to consume; returns at once, and does nothing once it was closed."""
+        self._services.consumers.enqueue(self._consumer)
 
     def wait_attached(self, timeout: float) -> bool:
         """Block until messages for the user arrive here, or for `timeout` seconds; tell whether they do."""
@@ -124,21 +137,36 @@ class Session:
         if self.state is not State.CONNECTING:  # closed during the handshake: the relay is stopping
             websocket.close(1012, "the relay is stopping")
             return
-        services = self._services
-        self._protocol = self._choose(websocket.subprotocol)
-        self._set_state(State.OPEN)
-        self._log.info("open, protocol %s", websocket.subprotocol or "none")
-        writer = gevent.spawn(self._run_writer, websocket)
-        writer.name = f"writer:{self.user}"
+        writer: gevent.Greenlet | None = None
         try:
+            self._open(websocket)
+            writer = gevent.spawn(self._run_writer, websocket)
+            writer.name = f"writer:{self.user}"
             self._read(websocket)
             self.close(1000, "")
         except Exception:
             self._log.exception("its reader met a fault of its own")
             self.close(1011, "a fault of the relay's")
         finally:
-            self.close(1001, "going away")  # for when this greenlet was killed
-            writer.join()
+            try:
+                self.close(1001, "going away")  # for when this greenlet was killed
+            finally:
+                self._leave(websocket, writer)
+
+    def _open(self, websocket: WebSocket) -> None:
+        self._protocol = self._choose(websocket.subprotocol)
+        if isinstance(self._protocol, V1):
+            self.id, _ = self._services.mids.next()
+            self._services.hub.register(self)
+        self._set_state(State.OPEN)
+        self._log.info("open, protocol %s", websocket.subprotocol or "none")
+
+    def _leave(self, websocket: WebSocket, writer: gevent.Greenlet | None) -> None:
+        """See the session to its end: its writer, its socket, its place in the hub, its channel."""
+        hub = self._services.hub
+        try:
+            if writer is not None:
+                writer.join()
             # The hub counts it until the browser has answered the close frame. A process that ended before could
             # take back what the kernel still holds for it: with unread input, its sockets end with a reset.
             websocket.close()
@@ -151,7 +179,14 @@ class Session:
                 self._received,
                 self._sent,
             )
-            services.hub.leave(self)
+        finally:
+            hub.leave(self)
+            if self.id:
+                # A browser that comes back now finds it until the broker has back what was not acknowledged.
+                try:
+                    self._consumer.wait_detached(_DETACH_TIMEOUT)
+                finally:
+                    hub.forget(self)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """End the session; returns at once, and does nothing the second time.
@@ -162,13 +197,21 @@ class Session:
         if self.state in (State.CLOSING, State.CLOSED):
             return
         self._set_state(State.CLOSING)
-        if self._websocket is not None:
-            self._websocket.close(code, reason, wait=False)
-        else:
-            self._services.hub.leave(self)
-        self._consumer.close()
-        self._mailbox.close()
-        self._paid.ring()  # a reader that waits for its writer need not any more
+        try:
+            if self._websocket is not None:
+                self._websocket.close(code, reason, wait=False)
+            else:
+                self._services.hub.leave(self)
+        finally:
+            try:
+                self._consumer.close()
+            finally:
+                self._mailbox.close()
+                self._paid.ring()  # a reader that waits for its writer need not any more
+
+    def wait_detached(self, timeout: float) -> bool:
+        """Block, once it was closed, until the broker has back what was not taken; tell whether it has in time."""
+        return self._consumer.wait_detached(timeout)
 
     def finish(self, code: int, reason: str) -> None:
         """End the session when what is under way to it has been written; returns at once."""
@@ -205,7 +248,7 @@ class Session:
     def _read(self, websocket: WebSocket) -> None:
         while messages := websocket.receive_messages():
             for payload, binary in messages:
-                while self._owed >= _MAX_OWED and self.state is State.OPEN:
+                while self._is_owed_much and self.state is State.OPEN:
                     self._paid.wait()
                 if self.state is not State.OPEN:
                     return
@@ -219,6 +262,11 @@ class Session:
                         self._control(frame)
                 except AnswerableError as error:
                     self._mailbox.put(error_frame(error))
+
+    @property
+    def _is_owed_much(self) -> bool:
+        """Whether so much waits to be answered, or to be written, that no more is read."""
+        return self._owed >= _MAX_OWED or self._mailbox.frame_bytes >= _MAX_OWED_BYTES
 
     def _pay(self, count: int) -> None:
         """Note that the browser has got answers, or needs none; called from anywhere."""
@@ -287,20 +335,21 @@ class Session:
         try:
             self._greet(websocket)
             while items := self._mailbox.take():
+                self._paid.ring()  # a reader that waits for room in the mailbox
                 self._write(websocket, items)
             self.close(*self._farewell)
         except ConnectionClosed:
             self.close()
         except Exception:
             self._log.exception("its writer met a fault of its own")
-            self.close(1011, "a fault of the relay's")
+        finally:
+            self.close(1011, "a fault of the relay's")  # also when this greenlet was killed
 
     def _greet(self, websocket: WebSocket) -> None:
         if isinstance(self._protocol, V1):
-            session, _ = self._services.mids.next()
             limits = self._services.limits
             welcome = V1.welcome(
-                self.user, session, ping_interval=limits.ping_interval, max_message_size=limits.max_message_size
+                self.user, self.id, ping_interval=limits.ping_interval, max_message_size=limits.max_message_size
             )
             websocket.send_messages([(welcome, False)])
 
@@ -316,7 +365,7 @@ class Session:
                 length = len(item)
             else:
                 frame = encode(item)
-                length = len(item.body)
+                length = 0 if frame is None else len(frame[0])
             if size and size + length > _CHUNK:
                 self._send(websocket, frames, taken, answers)
                 frames, taken = [], []

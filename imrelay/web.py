@@ -19,6 +19,7 @@ from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
 from imrelay.errors import BadId
+from imrelay.protocol import resumed_session
 from imrelay.session import Services, Session
 from imrelay.submission import check_id
 from imrelay.websocket import (
@@ -114,13 +115,27 @@ class Desk:
                 503, "too_many_connections", "this relay has as many sockets as it may; try again later"
             )
         session = environ[_SESSION] = Session(user, self._services)
-        if self._services.consumers.may_open_soon:
-            try:
+        try:
+            self._end_predecessor(user, environ)
+            session.consume()
+            if self._services.consumers.may_open_soon:
                 session.wait_attached(_ATTACH_TIMEOUT)
-            except BaseException:  # the server kills its greenlets when it stops
-                self.abandoned(environ)
-                raise
+        except BaseException:  # the server kills its greenlets when it stops
+            self.abandoned(environ)
+            raise
         return None
+
+    def _end_predecessor(self, user: str, environ: Environ) -> None:
+        """End the session that a browser resumes, lest newer messages reach it before what that one has not taken.
+
+        Blocks for two seconds at most. Whatever is in the way, the handshake goes on.
+        """
+        resumed = resumed_session(environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", ""))
+        if resumed is not None:
+            try:
+                self._services.relays.end_session(user, resumed)
+            except Exception:
+                logger.exception("a session that is resumed could not be ended")
 
     def abandoned(self, environ: Environ) -> None:
         """Release a session whose browser was gone before the upgrade."""

@@ -289,6 +289,10 @@ class VirtualHost:
         rows = self.evaluate(f"rabbit_amqqueue:info_all({self._vhost}, [{facts}])")
         return {row["name"]: row | {"arguments": row["arguments"] or {}} for row in rows if row}
 
+    def user_queues(self) -> dict[str, dict[str, Any]]:
+        """Return the same of inboxes and live queues: all but the queues of relays."""
+        return {name: row for name, row in self.queues().items() if not name.startswith("relay.")}
+
     def exchanges(self) -> dict[str, dict[str, Any]]:
         """Return name -> facts of each exchange but the built-in ones."""
         rows = self.evaluate(

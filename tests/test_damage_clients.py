@@ -389,7 +389,7 @@ def test_a_thousand_that_leave_and_return_at_once(relay: RelayFactory, broker: V
 
         def is_as_before() -> bool:
             assert broker.census() == census
-            queues = broker.queues()
+            queues = broker.user_queues()
             assert all(name.startswith("inbox.") for name in queues)
             assert [name for name, queue in queues.items() if queue["consumers"]] == ["inbox.writer"]
             assert not [user for user in users if queues[f"inbox.{user}"]["messages"]]

@@ -109,7 +109,7 @@ def test_an_unknown_recipient_is_refused_where_that_is_set(relay: RelayFactory, 
         ann.say("bob", 1, id=1)
         error = ann.error()
         assert (error["code"], error["id"], error.get("temporary")) == ("recipient_unknown", 1, None)
-        assert set(broker.queues()) == {"inbox.ann"}
+        assert set(broker.user_queues()) == {"inbox.ann"}
         Browser(host, "bob").close()
         ann.say("bob", 2, id=2)
         assert ann.ack()["id"] == 2

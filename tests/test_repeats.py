@@ -96,7 +96,7 @@ def test_one_id_of_another_program_for_many_messages(
         with Browser(host, f"{user}-friend") as friend:
             friend.say(user, "changes over")
             assert content(second) == "changes over"
-        eventually(lambda: not any(queue["exclusive"] for queue in broker.queues().values()))
+        eventually(lambda: not any(queue["exclusive"] for queue in broker.user_queues().values()))
         sent = publish_many(broker, user, alike=alike, first=MANY)
         assert shown(second, MANY) == sent
         nothing_more(second)

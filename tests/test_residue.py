@@ -16,6 +16,8 @@ from tests.harness import VirtualHost, eventually
 from tests.websocket_peer import Peer, handshake
 
 ROUNDS = 125
+#: Channels of a relay without sockets: two of the publisher (for inboxes and messages), and two to talk to others.
+OWN_CHANNELS = 4
 USERS = [f"comes and goes {number}" for number in range(4)]
 
 
@@ -50,7 +52,7 @@ def test_nothing_is_left_of_1000_sockets(host: CountedRelay, broker: VirtualHost
     """After 1,000 connects of the same ids all is as before: on the broker, greenlets, objects, descriptors."""
     for user in USERS:
         come_and_go(host, user, 1)
-    eventually(lambda: len(broker.channels()) == 2 and len(broker.queues()) == len(USERS))
+    eventually(lambda: len(broker.channels()) == OWN_CHANNELS and len(broker.user_queues()) == len(USERS))
     on_broker, inside = broker.census(), host.census()
     workers = [in_background(come_and_go, host, user, ROUNDS) for user in USERS]
     for worker in workers:
@@ -68,17 +70,18 @@ def test_nothing_is_left_of_1000_sockets(host: CountedRelay, broker: VirtualHost
 
     eventually(is_as_before, 30)
     assert not re.findall(".* (?:WARNING|ERROR) .*", host.log)
-    assert sorted(broker.queues()) == sorted(f"inbox.{user}" for user in USERS)
-    assert sorted(broker.exchanges()) == ["direct_message", *sorted(f"user.{user}" for user in USERS)]
-    assert len(broker.bindings()) == 2 * len(USERS)
-    # the one on which inboxes are made sure of, and the one that publishes
-    assert sorted(channel["confirm"] for channel in broker.channels()) == [False, True]
+    assert sorted(broker.user_queues()) == sorted(f"inbox.{user}" for user in USERS)
+    exchanges = ["direct_message", "imrelay.relays", *sorted(f"user.{user}" for user in USERS)]
+    assert sorted(broker.exchanges()) == exchanges
+    assert len(broker.bindings()) == 2 * len(USERS) + 1
+    # the relay queue's, the one on which inboxes are made sure of, and two that publish
+    assert sorted(channel["confirm"] for channel in broker.channels()) == [False, False, True, True]
 
 
 def test_a_socket_costs_two_greenlets_and_a_channel(host: CountedRelay, broker: VirtualHost) -> None:
     """While they are here, sockets cost what they should: the measure of the other test sees each of them."""
     with Browser(host, "measured"):
-        eventually(lambda: len(broker.channels()) == 2)
+        eventually(lambda: len(broker.channels()) == OWN_CHANNELS + 1)
         before = host.census()
         sockets = [Browser(host, f"measured {number}") for number in range(10)]
 
@@ -87,7 +90,7 @@ def test_a_socket_costs_two_greenlets_and_a_channel(host: CountedRelay, broker: 
             assert sum(after["greenlets"].values()) == sum(before["greenlets"].values()) + 20
             assert after["descriptors"]["socket"] == before["descriptors"]["socket"] + 10
             assert 11 <= after["objects"]["Session"] <= 15
-            assert len(broker.channels()) == 12
+            assert len(broker.channels()) == OWN_CHANNELS + 11
             return True
 
         eventually(costs)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from gevent.event import AsyncResult
+from gevent.event import AsyncResult, Event
 from pika import spec
 from pika.amqp_object import Method
 from pika.channel import Channel as PikaChannel
@@ -49,17 +49,19 @@ _NO_REPLIES: list[Method] = []
 class Channel:
     """One AMQP channel, owned by one greenlet; what is called from the hub says so.
 
-    `on_delivery`, `on_cancel` (the broker has ended a consumer: `basic.cancel`) and `on_lost` are called in the
-    hub and may only hand over. `on_lost` is called once, whoever ended the channel, unless `close` did.
+    `on_delivery` (or `on_message`, which gets the delivery tag, all properties and the body), `on_cancel` (the
+    broker has ended a consumer: `basic.cancel`) and `on_lost` are called in the hub and may only hand over.
+    `on_lost` is called once, whoever ended the channel, unless `close` did.
     """
 
-    __slots__ = ("_awaited", "_connection", "_on_lost", "_pika", "_replies", "lost")
+    __slots__ = ("_awaited", "_connection", "_ended", "_on_lost", "_pika", "_replies", "lost")
 
     def __init__(
         self,
         connection: Connection,
         *,
         on_delivery: Callable[[Delivery], None] | None = None,
+        on_message: Callable[[int, spec.BasicProperties, bytes], None] | None = None,
         on_cancel: Callable[[], None] | None = None,
         on_lost: Callable[[ChannelLost], None] | None = None,
     ) -> None:
@@ -70,9 +72,11 @@ class Channel:
         self._on_lost = on_lost
         self._replies = _NO_REPLIES
         self._awaited: AsyncResult | None = None
+        self._ended: Event | None = None
         self._pika = connection.open_channel()
         connection.channels += 1
         self._pika.on_delivery = on_delivery
+        self._pika.on_message = on_message
         self._pika.on_cancel = on_cancel
         self._pika.add_on_close_callback(self._on_close)
 
@@ -182,6 +186,24 @@ class Channel:
         """Have `on_drained` called, in the hub, whenever `has_unsent` ends; of one channel of a connection."""
         self._pika.connection.on_drained = on_drained
 
+    def publish_to_queue(self, queue: str, body: bytes, properties: spec.BasicProperties) -> None:
+        """Publish one message to a queue by its name, with `mandatory`; returns at once. Raises `ChannelLost`."""
+        if self.lost is not None or not self._pika.is_open:
+            raise self.lost or ChannelLost("the channel is being closed")
+        self._pika.basic_publish("", queue, body, properties, mandatory=True)
+
+    def wait_ended(self, timeout: float) -> bool:
+        """Block until the channel has ended, or for `timeout` seconds; tell whether it has.
+
+        After `close`, that is when the broker has confirmed it (`channel.close-ok`), and taken back what was not
+        acknowledged.
+        """
+        if self.lost is None:
+            if self._ended is None:
+                self._ended = Event()
+            self._ended.wait(timeout)
+        return self.lost is not None
+
     def close(self) -> None:
         """Close the channel: what was not acknowledged goes back to its queue. Returns at once; idempotent.
 
@@ -191,6 +213,7 @@ class Channel:
             return
         self._on_lost = None
         self._pika.on_delivery = None
+        self._pika.on_message = None
         self._pika.on_confirm = None
         self._pika.on_cancel = None
         try:
@@ -213,6 +236,8 @@ class Channel:
         self.lost = lost
         self._connection.channels -= 1
         self._pika.on_delivery = None
+        if self._ended is not None:
+            self._ended.set()
         if self._awaited is not None:
             self._awaited.set_exception(lost)
         if self._on_lost is not None:

@@ -49,6 +49,7 @@ class Consumer:
         "_channel",
         "_closed",
         "_keeper",
+        "_leaving",
         "_mailbox",
         "_subscription",
         "failures",
@@ -65,6 +66,8 @@ class Consumer:
         self._keeper = keeper
         self._mailbox = mailbox
         self._closed = False
+        #: The channel that was closed last.
+        self._leaving: Channel | None = None
         self._attached: Event | None = None
         self._channel: Channel | None = None
         self._subscription = self._subscribe(has_stood_by=False)
@@ -127,6 +130,13 @@ class Consumer:
         self._leave()
         if self._attached is not None:
             self._attached.set()
+
+    def wait_detached(self, timeout: float) -> bool:
+        """Block, once it was closed, until the broker has back what was not acknowledged; tell whether it has.
+
+        For `timeout` seconds at most.
+        """
+        return self._leaving is None or self._leaving.wait_ended(timeout)
 
     def attach(self, connection: Connection, topology: Topology, prefetch: int) -> None:
         """Open a channel and consume; blocks for one round trip, or two where the user may have another socket.
@@ -193,4 +203,5 @@ class Consumer:
         channel, self._channel = self._channel, None
         self._subscription.close()
         if channel is not None:
+            self._leaving = channel
             channel.close()

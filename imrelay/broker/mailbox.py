@@ -49,7 +49,7 @@ class Mailbox(Bell):
     Who delivers keeps to `budget`, in bytes of bodies; frames are bounded by who puts them.
     """
 
-    __slots__ = ("_closed", "_items", "_taken", "budget", "on_empty", "size")
+    __slots__ = ("_closed", "_items", "_taken", "budget", "frame_bytes", "on_empty", "size")
 
     def __init__(self, budget: int = 1_048_576) -> None:
         super().__init__()
@@ -61,6 +61,8 @@ class Mailbox(Bell):
         self._taken = 0
         self._items: list[Delivery | bytes] = []
         self._closed = False
+        #: Bytes of the frames in it.
+        self.frame_bytes = 0
 
     @property
     def is_closed(self) -> bool:
@@ -70,6 +72,7 @@ class Mailbox(Bell):
     def put(self, frame: bytes) -> None:
         """Add a frame. May be called from the hub."""
         self._items.append(frame)
+        self.frame_bytes += len(frame)
         self.ring()
 
     def deliver(self, delivery: Delivery) -> None:
@@ -101,4 +104,5 @@ class Mailbox(Bell):
             self.wait()
         items, self._items = self._items, []
         self._taken = self.size
+        self.frame_bytes = 0
         return items

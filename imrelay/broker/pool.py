@@ -93,10 +93,19 @@ class ConsumerPool:
 
     def consume(self, user: str, mailbox: Mailbox) -> Consumer:
         """Begin to deliver a user's messages into a mailbox; returns at once."""
-        consumer = Consumer(self, user, mailbox)
-        self._consumers.add(consumer)
+        consumer = self.prepare(user, mailbox)
         self.enqueue(consumer)
         return consumer
+
+    def prepare(self, user: str, mailbox: Mailbox) -> Consumer:
+        """Make a consumer that delivers once it is enqueued."""
+        consumer = Consumer(self, user, mailbox)
+        self._consumers.add(consumer)
+        return consumer
+
+    def wait_for_connection(self) -> Connection | None:
+        """Block until there is a connection with room for a channel; None once the pool has been stopped."""
+        return self._wait_for_connection()
 
     def forget(self, consumer: Consumer) -> None:
         """Know nothing more of a consumer that was closed."""

@@ -135,6 +135,11 @@ class Publisher:
         gevent.joinall(self._greenlets, timeout=2)
 
     @property
+    def connection(self) -> Connection:
+        """The connection that publishes, for what else has to be said on one."""
+        return self._connection
+
+    @property
     def is_ready(self) -> bool:
         """Whether a message that came now would go out at once."""
         return self._channel is not None and self._connection.state is State.OPEN

@@ -61,6 +61,8 @@ class WireChannel(pika.channel.Channel):  # type: ignore[misc]
     """pika's channel with one road for deliveries, confirms and cancels; called in the hub, they may not raise."""
 
     on_delivery: Callable[[Delivery], None] | None = None
+    #: In the place of `on_delivery`: (delivery tag, all properties, body).
+    on_message: Callable[[int, spec.BasicProperties, bytes], None] | None = None
     on_cancel: Callable[[], None] | None = None
     #: The kinds of answers that go to `on_reply` instead of through pika's callbacks.
     awaited: Sequence[type[Method]] = ()
@@ -90,6 +92,8 @@ class WireChannel(pika.channel.Channel):  # type: ignore[misc]
         """Take a delivery that pika has put together: a large one, or one of a rare shape."""
         if self.on_delivery is not None:
             self.on_delivery(Delivery.from_pika(method_frame.method, header_frame.properties, body))
+        elif self.on_message is not None:
+            self.on_message(method_frame.method.delivery_tag, header_frame.properties, body)
 
 
 class Wire(GeventConnection):  # type: ignore[misc]

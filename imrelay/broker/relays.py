@@ -1,0 +1,239 @@
+"""The relay queue: how a relay has a session ended whose browser has come back, on this process or another.
+
+    imrelay.relays (fanout) --> relay.<incarnation> (exclusive), one for each process
+
+    type     JSON body            meaning
+    end      {"user","session"}   end this session, and answer to `reply_to` when the broker has back what it had
+    ended    {"session"}          there is no such session (any more)
+
+The incarnation of a process is part of the ids of its sessions, so that another one can reach it by the default
+exchange, with `mandatory`: what is returned says that the process is gone. All is published over the publishing
+connection and received over a consuming one, each on a channel of its own that comes back after every loss.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import gevent
+from gevent.event import Event
+from pika import spec
+
+from imrelay.broker.channel import Channel
+from imrelay.broker.connection import Connection, State
+from imrelay.errors import ChannelLost
+
+__all__ = ["RelayQueue"]
+
+logger = logging.getLogger(__name__)
+
+_EXCHANGE = "imrelay.relays"
+_QUEUE = "relay."
+_NAME = re.compile(r"relay\.[0-9A-HJKMNP-TV-Z]{10}")
+#: Bounds of the queue of a relay that does not consume: messages, and milliseconds that each waits.
+_MAX_LENGTH, _TTL = 10_000, 60_000
+#: Messages that are acted upon at the same time.
+_PREFETCH = 64
+#: Largest body that is read, in bytes.
+_MAX_BODY = 65_536
+#: Longest time that a handshake waits for the end of the session that it resumes, in seconds.
+_END_TIMEOUT = 2.0
+#: Pause after a channel was lost, and after the broker has refused one, in seconds.
+_LOST_PAUSE, _REFUSED_PAUSE = 0.1, 5.0
+
+
+class RelayQueue:
+    """The queue of this process, and what it says to the queues of others.
+
+    `wait_for_connection` blocks until there is a connection to consume on; it returns None where none will come.
+    `end_here(user, session, timeout)` ends a session of this process, if it is one of this user, and
+    blocks until the broker has back what it had not acknowledged, or for `timeout` seconds.
+    """
+
+    def __init__(
+        self,
+        incarnation: str,
+        *,
+        wait_for_connection: Callable[[], Connection | None],
+        publishing: Connection,
+        end_here: Callable[[str, str, float], None],
+    ) -> None:
+        self._incarnation = incarnation
+        self._wait_for_connection = wait_for_connection
+        self._publishing = publishing
+        self._end_here = end_here
+        #: While there is one.
+        self._receiver: Channel | None = None
+        self._sender: Channel | None = None
+        #: Who waits for the end of a session, by its id.
+        self._waiting: dict[str, list[Event]] = {}
+        self._refused = ""
+        self._greenlets: list[gevent.Greenlet] = []
+
+    def start(self) -> None:
+        """Begin to receive and to send; returns at once."""
+        for role in (self._run_receiver, self._run_sender):
+            greenlet = gevent.spawn(role)
+            greenlet.name = f"relay-queue:{role.__name__.removeprefix('_run_')}"
+            self._greenlets.append(greenlet)
+
+    def stop(self) -> None:
+        """Receive and send nothing more: who asks finds that this relay is gone. Blocks for a moment at most."""
+        gevent.killall(self._greenlets)
+
+    def end_session(self, user: str, session: str) -> None:
+        """End a session of a user's on whatever relay, by the id that its welcome named.
+
+        Blocks until the broker has back what that session had not acknowledged, for `_END_TIMEOUT` at most; not at
+        all where its relay is gone, or nothing can be sent to it.
+        """
+        incarnation = session[10:20]
+        if incarnation == self._incarnation:
+            self._end_here(user, session, _END_TIMEOUT)
+            return
+        if self._sender is None or self._publishing.state is not State.OPEN:
+            return
+        with self._wait_for(session) as ended:
+            self._send(_QUEUE + incarnation, "end", session, user=user)
+            if self._receiver is not None:  # else no answer can come
+                ended.wait(_END_TIMEOUT)
+
+    @contextmanager
+    def _wait_for(self, session: str) -> Iterator[Event]:
+        ended = Event()
+        self._waiting.setdefault(session, []).append(ended)
+        try:
+            yield ended
+        finally:
+            waiting = self._waiting[session]
+            waiting.remove(ended)
+            if not waiting:
+                del self._waiting[session]
+
+    def _send(self, queue: str, kind: str, session: str, **more: str) -> None:
+        """Say something to another relay; nothing where that cannot be now."""
+        sender = self._sender
+        if sender is None or self._publishing.state is not State.OPEN:
+            return
+        properties = spec.BasicProperties(
+            type=kind,
+            content_type="application/json",
+            message_id=session,
+            reply_to=_QUEUE + self._incarnation,
+            app_id="imrelay",
+        )
+        try:
+            sender.publish_to_queue(queue, json.dumps({"session": session, **more}).encode(), properties)
+        except ChannelLost as exc:
+            logger.debug("nothing could be said to %s: %s", queue, exc)
+
+    def _run_receiver(self) -> None:
+        while True:
+            connection = self._wait_for_connection()
+            if connection is None:
+                return
+            self._survive("the relay queue", self._receive, connection)
+
+    def _run_sender(self) -> None:
+        while True:
+            if self._publishing.wait_open():
+                self._survive("the channel to other relays", self._keep_sender)
+
+    def _survive(self, what: str, live: Callable[..., None], *arguments: object) -> None:
+        """Live through one channel, and pause behind it, whatever ended it."""
+        pause = _LOST_PAUSE
+        try:
+            live(*arguments)
+        except ChannelLost as exc:
+            if exc.reply_code:
+                pause = _REFUSED_PAUSE
+                if self._refused != str(exc):  # said once: it is tried for ever
+                    self._refused = str(exc)
+                    logger.warning("the broker refused %s: %s; a returning session is not ended there", what, exc)
+        except Exception:
+            pause = _REFUSED_PAUSE
+            logger.exception("%s met a fault of the relay's and begins anew", what)
+        gevent.sleep(random.uniform(pause / 2, pause))
+
+    def _receive(self, connection: Connection) -> None:
+        """Declare the queue and consume it until its channel ends. Raises `ChannelLost`."""
+        over = Event()
+        channel = Channel(
+            connection,
+            on_message=lambda tag, properties, body: self._on_message(channel, tag, properties, body),
+            on_cancel=over.set,
+            on_lost=lambda lost: over.set(),
+        )
+        queue = _QUEUE + self._incarnation
+        arguments = {"x-max-length": _MAX_LENGTH, "x-overflow": "drop-head", "x-message-ttl": _TTL}
+        try:
+            channel.call(
+                spec.Exchange.Declare(exchange=_EXCHANGE, type="fanout", durable=True),
+                spec.Queue.Declare(queue=queue, exclusive=True, auto_delete=True, arguments=arguments),
+                spec.Basic.Qos(prefetch_count=_PREFETCH),
+                spec.Basic.Consume(queue=queue, exclusive=True),
+                spec.Queue.Bind(queue=queue, exchange=_EXCHANGE, routing_key=""),
+            )
+            self._receiver = channel
+            self._refused = ""
+            if channel.lost is None:
+                over.wait()
+        finally:
+            self._receiver = None
+            channel.close()
+
+    def _keep_sender(self) -> None:
+        """Keep a channel to send on until it ends. Raises `ChannelLost`."""
+        over = Event()
+        channel = Channel(self._publishing, on_lost=lambda lost: over.set())
+        try:
+            channel.confirm(lambda tag, multiple, accepted: None, self._on_return)
+            self._sender = channel
+            if channel.lost is None:
+                over.wait()
+        finally:
+            self._sender = None
+            channel.close()
+            for session in list(self._waiting):  # what was asked may not have left
+                self._tell(session)
+
+    def _on_return(self, session: str | None) -> None:
+        """There is no such queue, so that relay is gone; in the hub."""
+        self._tell(session or "")
+
+    def _tell(self, session: str) -> None:
+        for ended in self._waiting.get(session, ()):
+            ended.set()
+
+    def _on_message(self, channel: Channel, tag: int, properties: spec.BasicProperties, body: bytes) -> None:
+        """Take a message, in the hub; at most `_PREFETCH` are not yet acknowledged."""
+        gevent.spawn(self._run_message, channel, tag, properties, body).name = "relay-queue:message"
+
+    def _run_message(self, channel: Channel, tag: int, properties: spec.BasicProperties, body: bytes) -> None:
+        try:
+            self._act(properties, body)
+        except Exception:
+            logger.exception("a message to this relay met a fault of the relay's")
+        finally:
+            channel.ack(tag, multiple=False, at_once=True)
+
+    def _act(self, properties: spec.BasicProperties, body: bytes) -> None:
+        """Do what another relay asks for; what is not understood, or malformed, is left alone."""
+        try:
+            fields = json.loads(body) if len(body) <= _MAX_BODY else None
+        except (ValueError, RecursionError):
+            fields = None
+        match properties.type, fields:
+            case "end", {"user": str(user), "session": str(session)}:
+                self._end_here(user, session, _END_TIMEOUT)
+                if _NAME.fullmatch(properties.reply_to or ""):
+                    self._send(properties.reply_to, "ended", session)
+            case "ended", {"session": str(session)}:
+                self._tell(session)
+            case kind, _:
+                logger.debug("a message of type %s to this relay was not understood", ascii(kind))
