@@ -115,6 +115,23 @@ def test_who_comes_back_gets_everything_in_order(
     assert new.session != old.session
 
 
+@pytest.mark.parametrize("far", [0, 1], ids=["same relay", "other relay"])
+def test_a_session_that_has_just_ended_is_waited_for(
+    hosts: list[RelayProcess], sender: Browser, come: Return, user: str, far: int
+) -> None:
+    """Who was cut off and is back at once is not taken for a second tab."""
+    visit = come(user)
+    for first in range(0, 60, 6):
+        tell(sender, user, first, first + 1, first + 2)
+        assert visit.contents(3) == [first, first + 1, first + 2]
+        visit.cut()
+        visit = come(user, hosts[far * (first // 6 + 1) % 2], resumes=visit.session)
+        tell(sender, user, first + 3, first + 4, first + 5)
+        assert visit.contents(6) == list(range(first, first + 6))
+        visit.send('{"ack":6}')
+        pinged(visit)
+
+
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])
 def test_who_does_not_read_any_more_is_not_waited_for(
     relay: RelayFactory, broker: VirtualHost, user: str, queue_type: str

@@ -36,6 +36,9 @@ class FakeConsumer:
     def __init__(self) -> None:
         self.is_closed = False
         self.acked: list[int] = []
+        #: Whether the broker has confirmed the end of the channel.
+        self.is_detached = Event()
+        self.is_detached.set()
         self.failure: Exception | None = None
 
     def close(self) -> None:
@@ -45,8 +48,8 @@ class FakeConsumer:
             raise self.failure
 
     def wait_detached(self, timeout: float) -> bool:
-        """The broker is quick."""
-        return True
+        """Block until the test lets the broker answer."""
+        return self.is_detached.wait(timeout)
 
     def ack(self, taken: Sequence[Delivery]) -> None:
         """Acknowledge."""
@@ -284,6 +287,25 @@ def test_answers_that_nobody_takes_are_bounded_in_bytes(bench: Bench) -> None:
     bench.socket.takes.set()
     eventually(lambda: len(bench.socket.taken) == 1 + 256, sleep=gevent.sleep)
     assert bench.session._owed == 0
+
+
+def test_who_resumes_a_session_waits_until_the_broker_has_back_what_it_had(bench: Bench) -> None:
+    """Its end is awaited by all who resume it, and also when it has left by itself; a stranger ends nothing."""
+    bench.open()
+    session = bench.session.id
+    bench.hub.end("bob", session, 600)
+    assert bench.session.state is State.OPEN
+    bench.consumer.is_detached.clear()
+    first = gevent.spawn(bench.hub.end, "ann", session, 600)
+    eventually(lambda: len(bench.hub) == 0, sleep=gevent.sleep)
+    second = gevent.spawn(bench.hub.end, "ann", session, 600)
+    gevent.idle()
+    assert not first.ready()
+    assert not second.ready()
+    bench.consumer.is_detached.set()
+    gevent.joinall([first, second], raise_error=True)
+    bench.expect_ended(4409)
+    bench.hub.end("ann", session, 600)  # it is unknown now
 
 
 # -- against a relay -----------------------------------------------------------------------------------------
