@@ -29,7 +29,8 @@ def methods_for(
 ) -> list[Method]:
     """Return what makes sure of inboxes in one round trip; each is answered by one `queue.declare-ok`, or two.
 
-    `broker` is the version of the broker. It opens an inbox that is not there, or without `create` has the broker refuse with 404; and binds it again.
+    `broker` is the version of the broker. They open an inbox that is not there, or without `create` have it
+    refuse with 404; and bind it again.
     """
     methods: list[Method] = []
     for user, keep in users:

@@ -27,6 +27,7 @@ from pika import spec
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
 from imrelay.errors import ChannelLost
+from imrelay.forever import run_for_ever
 
 __all__ = ["RelayQueue"]
 
@@ -78,9 +79,8 @@ class RelayQueue:
     def start(self) -> None:
         """Begin to receive and to send; returns at once."""
         for role in (self._run_receiver, self._run_sender):
-            greenlet = gevent.spawn(role)
-            greenlet.name = f"relay-queue:{role.__name__.removeprefix('_run_')}"
-            self._greenlets.append(greenlet)
+            name = f"relay-queue:{role.__name__.removeprefix('_run_')}"
+            self._greenlets.append(run_for_ever(role, name=name, pause=_REFUSED_PAUSE))
 
     def stop(self) -> None:
         """Receive and send nothing more: who asks finds that this relay is gone. Blocks for a moment at most."""
@@ -145,7 +145,7 @@ class RelayQueue:
                 self._survive("the channel to other relays", self._keep_sender)
 
     def _survive(self, what: str, live: Callable[..., None], *arguments: object) -> None:
-        """Live through one channel, and pause behind it, whatever ended it."""
+        """Live through one channel, and pause behind its end."""
         pause = _LOST_PAUSE
         try:
             live(*arguments)
@@ -155,9 +155,6 @@ class RelayQueue:
                 if self._refused != str(exc):  # said once: it is tried for ever
                     self._refused = str(exc)
                     logger.warning("the broker refused %s: %s; a returning session is not ended there", what, exc)
-        except Exception:
-            pause = _REFUSED_PAUSE
-            logger.exception("%s met a fault of the relay's and begins anew", what)
         gevent.sleep(random.uniform(pause / 2, pause))
 
     def _receive(self, connection: Connection) -> None:
