@@ -92,6 +92,13 @@ def test_amqp_distribution_and_epmd_listen_on_loopback_alone(own: Node) -> None:
     assert {address for address, _ in found} <= {"0100007F", "00000000000000000000000001000000"}
 
 
+def test_what_makes_many_inboxes_cheaper_is_set(own: Node) -> None:
+    """The node has taken the settings that store a message once and collect the garbage of silent users."""
+    names = "queue_index_embed_msgs_below, background_gc_enabled"
+    asked = f"[element(2, application:get_env(rabbit, Name)) || Name <- [{names}]]"
+    assert own.control.evaluate(asked) == [0, True]
+
+
 def test_the_folder_and_its_secrets_are_closed_to_others(own: Node) -> None:
     """The data directory has mode 0700, and the files with secrets are closed even without it."""
     assert stat.S_IMODE(own.data_dir.stat().st_mode) == 0o700

@@ -206,6 +206,11 @@ class NodeFolder:
                     f"listeners.tcp.local = {HOST}:{chosen.amqp_port}",
                     f"default_user = {_USER}",
                     f"default_pass = {chosen.password}",
+                    # A message to many inboxes is stored once, not in the index of each queue: on RabbitMQ 4 a
+                    # persistent one to 200 online inboxes costs 120-435 us each instead of 1,700; 3.10: the same.
+                    "queue_index_embed_msgs_below = 0",
+                    # Silent users leave garbage in thousands of processes: 22 of 75 MB for 1,000 (3.10.8).
+                    "background_gc_enabled = true",
                     "log.console = false",
                     "log.file = node.log",
                     "log.file.level = info",
