@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "inbox":
             return _inbox(config, options)
-        stream = log.configure(config.log)
-        return _run(Server(config) if options.command == "serve" else _BrokerService(config), stream)
+        service = Server(config) if options.command == "serve" else _BrokerService(config)
+        return _run(service, log.configure(config.log))
     except BrokenPipeError:  # who read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_FAILED
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in (
         ("serve", "run the relay, with a RabbitMQ of its own where [broker] url is 'private'"),
         ("broker", "run the private RabbitMQ alone, for relays that are hosted elsewhere"),
-        ("inbox", "show how many messages wait for a user, or throw them away"),
+        ("inbox", "show how many messages wait for a user, or throw them away; a look renews the inbox"),
         ("check-config", "read the settings, say what is wrong with them or print them as they will be used"),
     ):
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
@@ -138,6 +138,8 @@ def _inbox(config: Config, options: argparse.Namespace) -> int:
             print(f"{user} has no inbox: nobody with this id was ever here, or not for long")
             return _EXIT_FAILED
         print(f"{user}: {state.messages} messages wait, {state.consumers} sockets are here")
+        if not state.consumers:
+            print("RabbitMQ takes this look for a use of the inbox: its time to expire has begun anew")
         if options.purge and _agrees(options, f"Throw away {state.messages} messages to {user}"):
             print(f"{keeper.purge(user)} messages thrown away")
         elif options.delete and _agrees(options, f"Delete the inbox of {user} with {state.messages} messages"):

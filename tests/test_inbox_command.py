@@ -18,6 +18,9 @@ from tests.browser import Browser
 from tests.conftest import RelayFactory
 from tests.harness import RelayProcess, VirtualHost, eventually, plain_environment
 
+#: What a look at an inbox says beside its figures while no socket keeps that inbox.
+RENEWED = "RabbitMQ takes this look for a use of the inbox: its time to expire has begun anew\n"
+
 
 class Command:
     """Runs `imrelay inbox` against the module's virtual host, without a terminal."""
@@ -106,7 +109,7 @@ def depth(broker: VirtualHost, user: str) -> int:
 
 def test_it_shows_depth_and_sockets(command: Command, broker: VirtualHost, host: RelayProcess, user: str) -> None:
     """It tells how many messages wait and how many sockets are here, and changes nothing."""
-    assert command(user) == f"{user}: 3 messages wait, 0 sockets are here\n"
+    assert command(user) == f"{user}: 3 messages wait, 0 sockets are here\n{RENEWED}"
     assert depth(broker, user) == 3
     with Browser(host, user) as first, Browser(host, user):
         assert first.contents_until(2) == [0, 1, 2]

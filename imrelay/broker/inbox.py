@@ -50,7 +50,11 @@ class InboxKeeper:
         self._connection.close()
 
     def look(self, user: str) -> InboxState | None:
-        """Return the state of the user's inbox; None where there is none."""
+        """Return the state of the user's inbox; None where there is none.
+
+        The look renews it: RabbitMQ counts a passive declare as use, and begins `x-expires` anew. AMQP has no way
+        to ask without that.
+        """
         answer = self._ask(lambda channel: channel.call(self._topology.ask_inbox(user))[0])
         return None if answer is None else InboxState(answer.message_count, answer.consumer_count)
 

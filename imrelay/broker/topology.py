@@ -123,7 +123,10 @@ class Topology:
         ]
 
     def ask_inbox(self, user: str) -> Method:
-        """A passive `queue.declare`: its answer counts the inbox's consumers and waiting messages."""
+        """A passive `queue.declare`: its answer counts the inbox's consumers and waiting messages.
+
+        It renews the inbox, too: RabbitMQ begins `x-expires` anew.
+        """
         return spec.Queue.Declare(queue=self.inbox(user), passive=True)
 
     def consume_inbox(self, user: str) -> Method:
