@@ -248,6 +248,27 @@ def test_the_rule_of_the_floors(importer: str, imported: str, allowed: bool) -> 
     assert may_import(importer, imported) is allowed
 
 
+#: Base classes that can be subscripted when the oldest supported Python, 3.10, imports the module.
+SUBSCRIPTABLE = {"Generic", "Protocol", "defaultdict", "deque", "dict", "frozenset", "list", "set", "tuple"}
+
+
+def subscripted_bases(source: str) -> set[str]:
+    """Return the base classes that a source subscripts, which no checker of types holds against it."""
+    bases = [base for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef) for base in node.bases]
+    return {ast.unparse(base.value).rpartition(".")[2] for base in bases if isinstance(base, ast.Subscript)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_base_classes_can_be_made_by_the_oldest_python(module: str) -> None:
+    """`logging.LoggerAdapter[…]` as a base is right for mypy and an exception at import before Python 3.11."""
+    assert subscripted_bases(MODULES[module].read_text(encoding="utf-8")) <= SUBSCRIPTABLE
+
+
+def test_a_subscripted_base_is_seen() -> None:
+    """The reader of base classes finds them, with the module before the name or without."""
+    assert subscripted_bases("class A(logging.LoggerAdapter[Logger], B[int], C): ...") == {"LoggerAdapter", "B"}
+
+
 def test_a_clock_is_seen() -> None:
     """The reader of clocks sees those that read the time, and no conversion."""
     assert clocks_of("import time\nprint(time.monotonic(), time.gmtime)") == {"monotonic"}

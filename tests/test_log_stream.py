@@ -23,6 +23,12 @@ def notice(lines: int) -> str:
     return f"{lines} dropped\n"
 
 
+def counted(text: str) -> int:
+    """Return how many lines a text has, with those that it counts as dropped."""
+    notices = re.findall(r"(\d+) dropped\n", text)
+    return text.count("\n") - len(notices) + sum(map(int, notices))
+
+
 class Pipe:
     """A pipe that takes little, and its reader, which begins when the test says so."""
 
@@ -35,6 +41,12 @@ class Pipe:
         while text.encode() not in data:
             data += os.read(self.reader, 65_536)
         return data.decode()
+
+    def read_lines(self, lines: int, text: str = "") -> str:
+        """Read, after `text`, until so many lines have come or were counted as dropped; return all of it."""
+        while not text.endswith("\n") or counted(text) < lines:
+            text += os.read(self.reader, 65_536).decode()
+        return text
 
     def close(self) -> None:
         """Close what is open."""
@@ -68,10 +80,7 @@ def test_what_does_not_fit_is_dropped_and_counted(pipe: Pipe, limits: dict[str, 
     stream = LogStream(pipe.writer, notice, **limits)
     for number in range(50_000):  # far more than a pipe and the queue take
         stream.write(f"{number}\n")
-    text = ""
-    while not text.endswith("dropped\n"):
-        text += os.read(pipe.reader, 65_536).decode()
-    assert_complete(text, 50_000)
+    assert_complete(pipe.read_lines(50_000), 50_000)
     stream.write("50000\n")
     assert stream.finish(PATIENCE)
     assert pipe.read_until("50000\n") == "50000\n"
@@ -97,8 +106,7 @@ def test_after_a_drop_lines_pass_in_runs(pipe: Pipe) -> None:
         stream.write(f"{number}\n")
         if not number % 1000:
             text += os.read(pipe.reader, 4096).decode()
-    while not text.endswith("dropped\n"):
-        text += os.read(pipe.reader, 65_536).decode()
+    text = pipe.read_lines(200_000, text)
     assert_complete(text, 200_000)
     assert text.count("\n") > 100 * text.count("dropped")
 
@@ -148,9 +156,7 @@ def test_what_the_system_refuses_is_counted(pipe: Pipe, monkeypatch: pytest.Monk
     stream.write("2\n")
     assert refused.wait(PATIENCE)
     is_full.clear()
-    text = pipe.read_until("dropped\n")
-    while sum(int(count) for count in re.findall(r"(\d+) dropped", text)) < 3:
-        text += pipe.read_until("\n")
+    text = pipe.read_lines(3)
     assert stream.finish(PATIENCE)
     assert_complete(text, 3)
 
