@@ -6,10 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from http.client import HTTPConnection
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,7 @@ from imrelay.hosting import HostedRelay
 from imrelay.server import Relay
 from tests.browser import Browser
 from tests.conftest import RelayFactory
+from tests.flood import hold
 from tests.harness import VirtualHost, eventually, plain_environment
 from tests.websocket_peer import Peer, handshake
 
@@ -236,6 +238,54 @@ def test_refusals(gunicorn: GunicornFactory, user: str) -> None:
         peer.send(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         answer = peer.read_answer()
         assert (answer.status, json.loads(answer.body)) == (200, {"status": "ok"})
+
+
+def test_a_worker_that_takes_few_connections(gunicorn: GunicornFactory, user: str) -> None:
+    """Of what a worker takes at once a part is kept: whatever fills it leaves health checks their place."""
+    server: Any = gunicorn("--worker-connections", "64")
+    server.wait_until_ready()
+    with ExitStack() as stack:
+        hold(stack, server, 100)
+        with Peer(server) as peer:
+            peer.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert peer.read_answer().status == 200
+        with Browser(server, user) as browser:
+            text = browser.say(user)
+            assert browser.receive() == text
+    answers = []
+    with ExitStack() as stack:
+        for number in range(100):
+            peer = stack.enter_context(Peer(server))
+            peer.send(handshake(f"/{user}-{number}"))
+            answers.append(peer.read_answer())
+        with Peer(server) as peer:
+            peer.send(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert peer.read_answer().status == 200
+    refused = [answer for answer in answers if answer.status != 101]
+    assert 0 < len(refused) < 100
+    assert {(answer.status, answer.error) for answer in refused} == {(503, "too_many_connections")}
+    assert re.search(r"more than the 64 connections .*--worker-connections\) allows: raise it by \d+", server.log)
+
+
+def test_on_a_unix_socket(broker: VirtualHost, tmp_path: Path, user: str) -> None:
+    """Behind a proxy that reaches it by a Unix socket, the public name counts: no browser comes there alone."""
+    path = tmp_path / "relay.sock"
+    server = Gunicorn(tmp_path, {"IMRELAY_BROKER_URL": broker.url}, "-b", f"unix:{path}")
+    try:
+        eventually(path.exists, 30)
+        for host, origin, status in (
+            ("chat.example", "http://chat.example", b"101"),
+            ("chat.example", "http://evil.example", b"403"),
+        ):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.settimeout(30)
+                sock.connect(str(path))
+                sock.sendall(handshake(f"/{user}", Host=host, Origin=origin))
+                assert sock.recv(1000).split()[1] == status
+        assert server.stop() == 0
+        assert "Traceback" not in server.log, server.log
+    finally:
+        server.kill()
 
 
 def test_a_stop_closes_with_1012(gunicorn: GunicornFactory, user: str) -> None:

@@ -7,6 +7,7 @@ import json
 import socket
 
 import pytest
+from gevent import pywsgi
 
 from tests.flood import Flood, wait_for_reset
 from tests.websocket_peer import PATIENCE, Peer, handshake, running_server
@@ -403,3 +404,12 @@ def test_http_1_0(server):
         peer.send(b"GET /page HTTP/1.0\r\n\r\n")
         assert peer.read_answer().status == 200
         peer.read_end()
+
+
+def test_the_private_names_of_pywsgi():
+    """What `request_handler` overrides, answers or calls is still called so."""
+    for name in ("_sendall", "_handle_client_error", "_connection_upgrade_requested", "_orig_status"):
+        assert hasattr(pywsgi.WSGIHandler, name), name
+    assert hasattr(pywsgi.Input, "_discard")
+    for name in ("_start_accepting_if_started", "start_accepting", "stop_accepting"):
+        assert hasattr(pywsgi.WSGIServer, name), name

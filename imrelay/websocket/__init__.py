@@ -16,7 +16,7 @@ deadline, each in a greenlet of its own, unless it is given `do_handshake_on_con
 From the socket upwards: `wire` is the TCP connection with its `outbox`; `frames`, `parser` and `deflate` stand
 between bytes and messages; `conversation` is what goes on in the hub, `connection` what an application has of it;
 `sweeper` keeps the deadlines of all sockets, `turns` their order. How it begins: `head`, `body`,
-`answers`, `admission`, `request_handler` for HTTP, then `handshake`, `handler`.
+`answers`, `ending`, `admission`, `listener`, `request_handler` for HTTP, then `handshake`, `handler`.
 """
 
 from imrelay.websocket.admission import CROWD, Admission, RefusalLog

@@ -6,12 +6,10 @@ The names of pywsgi that are not public and are used here: `Input._discard`, `WS
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import logging
 import socket
-import struct
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +20,7 @@ from geventwebsocket.handler import WebSocketHandler
 from imrelay.websocket.admission import CROWD_SECONDS, Admission, Place
 from imrelay.websocket.answers import Logged, body_of, phrase_of, whole_answer
 from imrelay.websocket.body import NO_BODY, Allowance, RequestBody, SocketReader
+from imrelay.websocket.ending import linger, reset, turn_away
 from imrelay.websocket.handshake import Refusal
 from imrelay.websocket.head import Framing, Malformed, check_request_line, check_target, framing_of, read_fields
 from imrelay.websocket.turns import yield_turn
@@ -32,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 #: Bytes of a body that are read behind the answer, so that the connection can be kept; with more it is closed.
 DRAIN_BYTES = 65_536
-#: Seconds and bytes for which input is drained behind a refusal, so that the answer arrives.
-LINGER_SECONDS, LINGER_BYTES = 1.0, 262_144
 #: What the access log says of bytes that were no request.
 _NO_REQUEST = {"RAW_URI": "-", "REQUEST_METHOD": "-", "SERVER_PROTOCOL": "-"}
 _FULL = Refusal(503, "too_many_connections", "this server has as many HTTP connections as it may; try again later")
@@ -260,7 +257,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
             with self._taking:
                 super()._sendall(data)
         except TimeoutError:
-            self._reset()
+            reset(self.socket)
             self.status = "socket error: the client did not take the answer in time"
             raise ConnectionResetError(errno.ECONNRESET, "the client did not take the answer in time") from None
 
@@ -293,7 +290,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
                 self.socket.sendall(head + body)
             self._linger()
         except TimeoutError:
-            self._reset()
+            reset(self.socket)
         except OSError:
             pass  # the peer did not wait for it
         self.log_request()
@@ -323,40 +320,9 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
 
     def _turn_away(self) -> None:
         """Refuse a connection without a look at what it wants, and without a turn for anybody else."""
-        try:
-            self.socket.settimeout(0.0)
-            self.socket.send(b"".join(whole_answer(_FULL)))
-            self.socket.shutdown(socket.SHUT_WR)
-            self.socket.recv(16_384)  # a close with unread input would reset the connection
-        except OSError:
-            pass  # it is gone, or has sent nothing
-        finally:
-            self.socket.close()
-
-    def _reset(self) -> None:
-        """Have the kernel forget what it still holds for a client that does not read."""
-        with contextlib.suppress(OSError):  # it is gone already
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        turn_away(self.socket, b"".join(whole_answer(_FULL)))
 
     def _linger(self) -> None:
-        """Send FIN and drain what still comes: a close with unread input would reset the connection."""
-        if self._is_crowded:
-            return  # others need the place
-        self.socket.settimeout(LINGER_SECONDS)
-        deadline = gevent.Timeout.start_new(LINGER_SECONDS)
-        try:
-            self.socket.shutdown(socket.SHUT_WR)
-            left = LINGER_BYTES
-            while left > 0:
-                data = self.socket.recv(16_384)
-                if not data:
-                    break
-                left -= len(data)
-                yield_turn()
-        except OSError:
-            pass  # the peer is gone, or slow
-        except gevent.Timeout as timeout:
-            if timeout is not deadline:
-                raise
-        finally:
-            deadline.close()
+        """See that the answer arrives where the client may still be sending."""
+        if not self._is_crowded:  # else others need the place
+            linger(self.socket)
