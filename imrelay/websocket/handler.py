@@ -10,7 +10,7 @@ import gevent
 from imrelay.websocket.connection import WebSocket
 from imrelay.websocket.errors import ConnectionClosed
 from imrelay.websocket.handshake import Handshake, Refusal, check_handshake, is_upgrade
-from imrelay.websocket.request_handler import RequestHandler
+from imrelay.websocket.request_handler import NO_HTTP, RequestHandler
 from imrelay.websocket.wire import READ_SIZE, WOULD_BLOCK
 
 __all__ = ["WebSocketHandler"]
@@ -115,7 +115,7 @@ class WebSocketHandler(RequestHandler):
             return None
         self.rfile.detach().close()
         self.rfile = environ["wsgi.input"] = io.BytesIO()
-        self._reader = None
+        self._http = NO_HTTP
         self.headers = type(self).headers
         self.response_headers = []
         websocket = WebSocket(

@@ -36,6 +36,26 @@ _NO_REQUEST = {"RAW_URI": "-", "REQUEST_METHOD": "-", "SERVER_PROTOCOL": "-"}
 _FULL = Refusal(503, "too_many_connections", "this server has as many HTTP connections as it may; try again later")
 
 
+class _Http:
+    """What a connection has while it speaks plain HTTP. One object: a WebSocket lets go of it."""
+
+    __slots__ = ("framing", "is_counted", "is_crowded", "reader", "taking", "undecided")
+
+    def __init__(self, reader: SocketReader | None) -> None:
+        self.reader = reader
+        #: What is left of the time for the client to take the answer.
+        self.taking = Allowance(0.0)
+        self.framing = Framing(0, False)
+        #: Whether the connection is counted in `admission`, and came when that was full.
+        self.is_counted = self.is_crowded = False
+        #: The greenlet that waits for the head of one of the crowd.
+        self.undecided: gevent.Greenlet | None = None
+
+
+#: What all WebSockets have in place of their own.
+NO_HTTP = _Http(None)
+
+
 class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no types
     """What pywsgi's handler lacks on the open Internet, for plain requests and handshakes alike."""
 
@@ -53,11 +73,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     served_in_a_crowd: frozenset[str] = frozenset()
 
     _deadline: gevent.Timeout | None = None
-    #: Whether the connection is counted in `admission`, and came when that was full.
-    _is_counted = _is_crowded = False
-    #: The greenlet that waits for the head of one of the crowd.
-    _undecided: gevent.Greenlet | None = None
-    _framing: Framing
+    _http: _Http
     close_connection: bool
     environ: dict[str, Any]
     headers: Any
@@ -68,9 +84,10 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     wsgi_input: RequestBody
 
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
-        self._reader: SocketReader | None = SocketReader(sock)
-        super().__init__(sock, address, server, io.BufferedReader(self._reader))
-        self._taking = Allowance(self.answer_timeout)
+        reader = SocketReader(sock)
+        super().__init__(sock, address, server, io.BufferedReader(reader))
+        self._http = _Http(reader)
+        self._http.taking = Allowance(self.answer_timeout)
 
     def handle(self) -> None:
         """Serve one connection, as pywsgi asks for."""
@@ -80,7 +97,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         if place is Place.NONE:
             self._turn_away()
             return
-        self._is_counted, self._is_crowded = self.admission is not None, place is Place.CROWDED
+        self._http.is_counted, self._http.is_crowded = self.admission is not None, place is Place.CROWDED
         try:
             super().handle()
         finally:
@@ -93,11 +110,11 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         self.requestline = None
         self.environ = {}
         self._begun = False
-        self._taking = Allowance(self.answer_timeout)
+        self._http.taking = Allowance(self.answer_timeout)
         seconds = self.handshake_timeout
-        if self._is_crowded and self.admission is not None:
+        if self._http.is_crowded and self.admission is not None:
             seconds = min(seconds, CROWD_SECONDS)
-            self._undecided = gevent.getcurrent()
+            self._http.undecided = gevent.getcurrent()
             self.admission.listen_to(self._end_head)
         deadline = self._deadline = gevent.Timeout.start_new(seconds)
         try:
@@ -105,7 +122,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         except gevent.Timeout as timeout:
             if timeout is not deadline:
                 raise
-            if self._is_crowded:
+            if self._http.is_crowded:
                 self._turn_away()
             elif self._begun:
                 self._answer_malformed(Refusal(408, "request_timeout", "the request took too long"))
@@ -118,7 +135,17 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
                 refusal = Refusal(int(status.split()[0]), "bad_request", "the request is malformed")
             self._answer_malformed(refusal)
             return None
-        return result
+        return result if self._end_body(result is True) else None
+
+    def _end_body(self, is_kept: bool) -> bool:
+        """See to what is left of a body behind the answer; tell whether the connection can be kept."""
+        body, self.wsgi_input = self.wsgi_input or NO_BODY, NO_BODY
+        if not body.is_complete and not (is_kept and body.drain(DRAIN_BYTES)):
+            is_kept = False
+            self._linger()
+        if self._http.reader is not None:
+            self._http.reader.allowance = None
+        return is_kept
 
     def read_requestline(self) -> str:
         """Read the first line, and note that something came."""
@@ -141,7 +168,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         deadline, self._deadline = self._deadline, None
         if deadline is not None:
             deadline.close()
-        if self._is_crowded and self.admission is not None:
+        if self._http.is_crowded and self.admission is not None:
             self.admission.has_spoken(self._end_head)
 
     def _end_head(self) -> None:
@@ -149,8 +176,8 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         gevent.get_hub().loop.run_callback(self._throw_deadline)
 
     def _throw_deadline(self) -> None:
-        if self._deadline is not None and self._undecided is not None:
-            self._undecided.throw(self._deadline)
+        if self._deadline is not None and self._http.undecided is not None:
+            self._http.undecided.throw(self._deadline)
 
     def MessageClass(self, *args: Any) -> Any:  # noqa: N802 - the name is pywsgi's
         """Read the headers, have them parsed, and check them before pywsgi makes anything of them."""
@@ -159,7 +186,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         if host is not None and len(headers.get_all("host", [])) < 2:
             del headers["host"]
             headers["Host"] = host
-        self._framing = framing_of(headers, self.request_version)
+        self._http.framing = framing_of(headers, self.request_version)
         return headers
 
     def _handle_client_error(self, error: Exception) -> tuple[str, Refusal | None]:
@@ -181,11 +208,11 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         return environ
 
     def _make_body(self, environ: dict[str, Any]) -> RequestBody:
-        framing = self._framing
+        framing = self._http.framing
         if not framing.length and not framing.chunked:
             return NO_BODY
-        if self._reader is not None:
-            self._reader.allowance = Allowance(self.body_timeout)
+        if self._http.reader is not None:
+            self._http.reader.allowance = Allowance(self.body_timeout)
         expects = "HTTP_EXPECT" in environ and self.request_version == "HTTP/1.1"
         return RequestBody(
             self.rfile,
@@ -198,25 +225,15 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     def _proceed(self) -> None:
         """Tell a client that waits for it to send its body."""
         if not self.headers_sent:
-            with self._taking:
+            with self._http.taking:
                 self.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # -- answers ---------------------------------------------------------------------------------------------
 
-    def handle_one_response(self) -> None:
-        """Answer one request, and see to what is left of its body."""
-        super().handle_one_response()
-        body, self.wsgi_input = self.wsgi_input, NO_BODY
-        if not body.is_complete and (self.close_connection or not body.drain(DRAIN_BYTES)):
-            self.close_connection = True
-            self._linger()
-        if self._reader is not None:
-            self._reader.allowance = None
-
     def run_plain(self) -> None:
         """Have the application answer, unless the request is to be refused, or its body turns out to be."""
         failure = self.wsgi_input.failure
-        if self._is_crowded:
+        if self._http.is_crowded:
             self.close_connection = True
             if self.environ["PATH_INFO"] not in self.served_in_a_crowd:
                 self._answer(_FULL)
@@ -254,7 +271,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     def _sendall(self, data: bytes) -> None:
         """Called by pywsgi with each part of an answer; ends the connection of who does not take it."""
         try:
-            with self._taking:
+            with self._http.taking:
                 super()._sendall(data)
         except TimeoutError:
             reset(self.socket)
@@ -286,7 +303,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         self.response_length = len(body)
         self.time_finish = self.time_start
         try:
-            with self._taking:
+            with self._http.taking:
                 self.socket.sendall(head + body)
             self._linger()
         except TimeoutError:
@@ -308,14 +325,14 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
 
     def _leave_http(self) -> None:
         """No longer count the connection as one of plain HTTP. Idempotent."""
-        if self._is_counted and self.admission is not None:
-            self._is_counted = False
+        if self._http.is_counted and self.admission is not None:
+            self._http.is_counted = False
             self.admission.leave()
 
     def _come_back(self) -> None:
         """Count it again: it became no WebSocket."""
         if self.admission is not None:
-            self._is_counted = True
+            self._http.is_counted = True
             self.admission.come_back()
 
     def _turn_away(self) -> None:
@@ -324,5 +341,5 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
 
     def _linger(self) -> None:
         """See that the answer arrives where the client may still be sending."""
-        if not self._is_crowded:  # else others need the place
+        if not self._http.is_crowded:  # else others need the place
             linger(self.socket)
