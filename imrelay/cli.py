@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("user", metavar="ID", help="the user's id")
             action = command.add_mutually_exclusive_group()
             action.add_argument("--purge", action="store_true", help="throw away the messages that wait")
+            action.add_argument(
+                "--drop", metavar="N", type=_positive, help="throw away the first N messages that wait"
+            )
             action.add_argument("--delete", action="store_true", help="delete the inbox and what is in it")
             command.add_argument("--yes", action="store_true", help="do not ask")
         command.add_argument(
@@ -142,9 +145,22 @@ def _inbox(config: Config, options: argparse.Namespace) -> int:
             print("RabbitMQ takes this look for a use of the inbox: its time to expire has begun anew")
         if options.purge and _agrees(options, f"Throw away {state.messages} messages to {user}"):
             print(f"{keeper.purge(user)} messages thrown away")
+        elif options.drop:
+            if state.consumers:
+                raise SetupError(f"{user} is here and has the first messages: --drop works while nobody is")
+            count = min(options.drop, state.messages)
+            if count and _agrees(options, f"Throw away the first {count} messages to {user}"):
+                print(f"{keeper.drop(user, count)} messages thrown away")
         elif options.delete and _agrees(options, f"Delete the inbox of {user} with {state.messages} messages"):
             print(f"inbox deleted, with {keeper.delete(user)} messages")
     return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
 
 
 def _agrees(options: argparse.Namespace, question: str) -> bool:

@@ -213,15 +213,16 @@ class V1(Plain):
             self._take_repeat(key, delivery)
             return None
         payload, binary = self._unpack(delivery)
+        time_ms = delivery.time_ms if delivery.time_ms is not None else mid_time_ms(delivery.mid)
+        own = delivery.is_own or is_json(payload)
+        frame = v1_frame(self._seq + 1, delivery.mid, time_ms, payload, own, delivery.redelivered)
         delivery.body = b""  # what is not acknowledged comes again from the broker
-        self._seq += 1
+        self._seq += 1  # not before it is certain that it can be written
         sent = _Sent(self._seq, delivery, key, self._clock())
         self._unacknowledged.append(sent)
         if key is not None:
             self._by_key[key] = sent
-        time_ms = delivery.time_ms if delivery.time_ms is not None else mid_time_ms(delivery.mid)
-        own = delivery.is_own or is_json(payload)
-        return v1_frame(self._seq, delivery.mid, time_ms, payload, own, delivery.redelivered), binary
+        return frame, binary
 
     def _take_repeat(self, key: str | None, delivery: Delivery) -> None:
         delivery.body = b""

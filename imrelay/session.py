@@ -364,7 +364,12 @@ class Session:
                 frame: Frame | None = (item, False)
                 length = len(item)
             else:
-                frame = encode(item)
+                try:
+                    frame = encode(item)
+                except Exception:  # it would end every session that it comes to
+                    self._log.exception("a message could not be written and is discarded, mid %s", ascii(item.mid))
+                    self._consumer.discard(item)
+                    continue
                 length = 0 if frame is None else len(frame[0])
             if size and size + length > _CHUNK:
                 self._send(websocket, frames, taken, answers)

@@ -1,4 +1,4 @@
-"""A look into one user's inbox from outside of any relay, and the two ways to empty it."""
+"""A look into one user's inbox from outside of any relay, and the ways to empty it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gevent.event import Event
 from pika import spec
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
+from imrelay.broker.frames import Delivery
 from imrelay.broker.topology import Topology
 from imrelay.errors import ChannelLost, SetupError
 
 __all__ = ["InboxKeeper", "InboxState"]
 
 _NOT_FOUND = 404
+#: Messages under way while the first ones are thrown away.
+_PREFETCH = 100
+#: Seconds without a message after which no more are waited for.
+_IDLE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,35 @@ class InboxKeeper:
         queue = self._topology.inbox(user)
         answer = self._ask(lambda channel: channel.call(spec.Queue.Purge(queue=queue))[0])
         return 0 if answer is None else int(answer.message_count)
+
+    def drop(self, user: str, count: int) -> int:
+        """Throw away the first `count` messages that wait, of an inbox without sockets; return how many it were.
+
+        It takes them as a socket does: with one there, that would get them. Raises `ChannelLost`.
+        """
+        dropped = 0
+        is_done = Event()
+
+        def on_delivery(delivery: Delivery) -> None:
+            nonlocal dropped
+            if dropped < count:
+                channel.ack(delivery.tag, multiple=False, at_once=True)
+                dropped += 1
+            if dropped == count:
+                is_done.set()
+
+        channel = Channel(self._connection, on_delivery=on_delivery, on_lost=lambda lost: is_done.set())
+        try:
+            channel.call(
+                spec.Basic.Qos(prefetch_count=min(count, _PREFETCH)), self._topology.consume_inbox(user)
+            )
+            before = -1
+            while not is_done.wait(_IDLE) and dropped != before:
+                before = dropped
+            channel.call(self._topology.ask_inbox(user))  # answered behind the acknowledgements
+        finally:
+            channel.close()
+        return dropped
 
     def delete(self, user: str) -> int:
         """Delete the inbox with its messages (`queue.delete`), and with it the user's exchange; return how many.
