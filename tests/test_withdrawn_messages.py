@@ -105,6 +105,34 @@ def test_an_id_keeps_its_mid_only_where_the_end_was_uncertain(relay: RelayFactor
             assert bob.rest() == []
 
 
+def test_what_was_published_again_and_refused_is_uncertain(relay: RelayFactory, broker: VirtualHost) -> None:
+    """A full inbox refuses the second copy of a message whose first copy it has: that is no `inbox_full`."""
+    with Proxy(broker.url) as proxy:
+        host = relay(broker_url=proxy.url, inbox_max_length=1)
+        wait_until_ready(host)
+        with Browser(host, "ann") as ann:
+            ann.say("cid", "opens the inbox", id=0)
+            ann.ack()
+            with Browser(host, "cid") as cid:
+                assert cid.read()["content"] == "opens the inbox"
+            eventually(lambda: not broker.queues()["inbox.cid"]["consumers"])
+            proxy.stall()
+            text = ann.say("cid", "once", id=1)
+            eventually(lambda: broker.queues()["inbox.cid"]["messages"] == 1)
+            proxy.reset()
+            proxy.heal()
+            error = ann.error()
+            assert (error["code"], error["id"], error.get("uncertain")) == ("broker_unavailable", 1, True)
+            ann.say("cid", "no room", id=2)
+            error = ann.error()
+            assert (error["code"], error["id"], error.get("uncertain")) == ("inbox_full", 2, None)
+            with Browser(host, "cid") as cid:
+                assert cid.receive() == text
+                ann.send(text)
+                assert ann.ack()["id"] == 1
+                assert cid.rest() == []
+
+
 def test_a_full_inbox_shows_no_tab_a_message_twice(relay: RelayFactory) -> None:
     """A tab that stood by has shown what was answered with inbox_full; sent again, only the others show it."""
     host = relay(inbox_max_length=2, broker_prefetch=1)

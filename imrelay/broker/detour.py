@@ -24,7 +24,7 @@ from imrelay.broker.opening import offer
 from imrelay.broker.publication import Publication
 from imrelay.broker.topology import Topology
 from imrelay.broker.ways import Way, Ways
-from imrelay.errors import ChannelLost, InboxFull, RecipientUnknown
+from imrelay.errors import AnswerableError, BrokerUnavailable, ChannelLost, InboxFull, RecipientUnknown
 
 __all__ = ["Detour", "Detours"]
 
@@ -155,7 +155,7 @@ class Detours:
         detour.is_there = outcome is not None
         if outcome is None:
             for publication in [detour.waiting.popleft() for _ in range(min(detour.asked, len(detour.waiting)))]:
-                self._ledger.answer(publication, RecipientUnknown("nobody with this id was ever here"))
+                self._answer(publication, RecipientUnknown("nobody with this id was ever here"))
         else:
             detour.way = outcome
         self._advance(detour)
@@ -229,7 +229,14 @@ class Detours:
     def _refuse(self, publication: Publication) -> None:
         sentence = "the recipient's inbox is full: this message is not kept and will not be delivered later"
         more = "sockets of the recipient that stood by may have shown it"
-        self._ledger.answer(publication, InboxFull(f"{sentence}; {more}"))
+        self._answer(publication, InboxFull(f"{sentence}; {more}"))
+
+    def _answer(self, publication: Publication, refusal: AnswerableError) -> None:
+        """Answer a message that was refused, unless another copy of it may have been taken."""
+        if publication.is_doubtful:
+            why = "this message was published again after its connection was lost, and refused then"
+            refusal = BrokerUnavailable(f"{why}: it may have arrived the first time", uncertain=True)
+        self._ledger.answer(publication, refusal)
 
     def _run_offers(self, publication: Publication, detour: Detour) -> None:
         """Find out whether an inbox that has refused a message is full, or had no leader at that moment.
@@ -243,15 +250,19 @@ class Detours:
             if self.by_user.get(publication.user) is not detour or publication.done:
                 break
             left = publication.deadline - time.monotonic()
+            answer: bool | None = None
             try:
-                accepted = offer(
+                answer = offer(
                     self._connection, self._topology, publication, persistent=self._persistent, timeout=left
                 )
             except ChannelLost as exc:
                 logger.debug("message %s could not be offered again: %s", publication.mid, exc)
             except Exception:  # the detour has to end, or the user would never be reached again
                 logger.exception("message %s could not be offered again", publication.mid)
-            if accepted:
+            if answer is None:
+                publication.is_doubtful = True
+            elif answer:
+                accepted = True
                 break
         if accepted:
             self._ledger.answer(publication, None)

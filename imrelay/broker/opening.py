@@ -86,10 +86,10 @@ def _expiry(current: str | None) -> float:
 
 def offer(
     connection: Connection, topology: Topology, publication: Publication, *, persistent: bool, timeout: float
-) -> bool:
-    """Publish a message on a channel of its own and tell whether the broker confirmed it within `timeout` seconds.
+) -> bool | None:
+    """Publish a message on a channel of its own and tell whether the broker took it; None: no answer in time.
 
-    Raises `ChannelLost`.
+    `timeout` is in seconds. Raises `ChannelLost`.
     """
     answer: AsyncResult = AsyncResult()
     returned: list[str | None] = []
@@ -100,6 +100,6 @@ def offer(
         content = template.encode_content(publication.mid, publication.binary, publication.body)
         channel.publish(template.encode_method(publication.user) + content, at_once=True)
         answer.wait(timeout)
-        return answer.ready() and bool(answer.get())
+        return bool(answer.get()) if answer.ready() else None
     finally:
         channel.close()

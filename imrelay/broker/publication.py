@@ -21,6 +21,7 @@ class Publication:
         "deadline",
         "done",
         "handed_over",
+        "is_doubtful",
         "message_id",
         "mid",
         "on_done",
@@ -57,6 +58,8 @@ class Publication:
         self.done = False
         #: Whether it may have left this process, over this connection or one before, and may arrive.
         self.handed_over = False
+        #: Whether what became of a copy of it will never be known: its channel ended before the broker's answer.
+        self.is_doubtful = False
         #: Whether the broker sent it back (`basic.return`): there is no inbox. And how often it did.
         self.returned = False
         self.returns = 0

@@ -20,8 +20,10 @@ class UnderWay:
         return len(self.by_tag)
 
     def clear(self) -> list[Publication]:
-        """Begin with another channel; return what was under way on the last."""
+        """Begin with another channel; return what the last one ends without an answer for."""
         left = list(self.by_tag.values())
+        for publication in left:
+            publication.is_doubtful = publication.is_doubtful or not publication.returned
         self.by_tag = {}
         self._last_tag = 0
         return left
@@ -54,7 +56,7 @@ class UnderWay:
         for publication in self.by_tag.values():
             if publication.mid == mid and not publication.returned:
                 publication.returned = True
-                publication.handed_over = False
+                publication.handed_over = publication.is_doubtful
                 publication.returns += 1
                 return publication
         return None
