@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 
 from imrelay.broker.frames import Delivery
 from imrelay.broker.overflow import Identity, Overflow, identify
+from imrelay.broker.topology import LIVE_TAG
 
 __all__ = ["LiveQueue"]
 
-#: Messages of other programs that are remembered as shown from the live queue.
+#: Messages of other programs that are remembered as shown from the live queue, and those of relays as taken.
 _REMEMBERED = 256
 
 
 class LiveQueue:
     """The live queue of one consumer on one channel, and the deliveries that are set aside because of it."""
 
-    __slots__ = ("_foreign", "early", "held", "is_ending", "name", "overflow", "set_aside")
+    __slots__ = ("_foreign", "_taken", "early", "held", "is_ending", "name", "overflow", "set_aside")
 
     def __init__(self, *, is_alone: bool) -> None:
         """Begin; `is_alone`: the inbox had no consumer when this one came, so it may be the active one."""
@@ -33,6 +35,8 @@ class LiveQueue:
         #: Bytes of what is set aside.
         self.set_aside = 0
         self._foreign: deque[Identity] = deque(maxlen=_REMEMBERED)
+        #: Messages of relays that the browser has taken from it last.
+        self._taken: deque[str] = deque(maxlen=_REMEMBERED)
 
     def hold(self, delivery: Delivery) -> bool:
         """Set aside a delivery of the inbox; tell whether it is the first."""
@@ -52,6 +56,16 @@ class LiveQueue:
         self.early.append(delivery)
         self.set_aside += len(delivery.body) + 1
         return True
+
+    def note_taken(self, deliveries: Sequence[Delivery]) -> None:
+        """Remember what the browser has taken from the live queue."""
+        for delivery in deliveries:
+            if delivery.is_own and delivery.mid is not None and delivery.consumer_tag == LIVE_TAG:
+                self._taken.append(delivery.mid)
+
+    def taken_of_held(self) -> list[Delivery]:
+        """Return the deliveries of the inbox that the browser has taken from the live queue already."""
+        return [delivery for delivery in self.held or () if delivery.is_own and delivery.mid in self._taken]
 
     def settle(self) -> list[Delivery]:
         """Set aside no more of what comes from the live queue; return what was, and what the inbox gave before it.

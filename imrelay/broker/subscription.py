@@ -144,7 +144,12 @@ class Subscription:
             raise channel.lost or ChannelLost("the channel is being closed")
 
     def close(self) -> None:
-        """Take nothing any more; the owner closes the channel. Idempotent."""
+        """Take nothing any more; the owner closes the channel. Idempotent.
+
+        What the browser has taken from the live queue does not go back to the inbox.
+        """
+        if self._live is not None and (repeats := self._live.taken_of_held()):
+            self.ack_each(repeats)
         self._channel = None
         self._live = None
         self._is_smooth = False
@@ -160,6 +165,8 @@ class Subscription:
         channel, last = self._channel, taken[-1]
         if channel is None or last.channel is not channel:
             return
+        if self._live is not None:
+            self._live.note_taken(taken)
         first = taken[0] if taken[0].channel is channel else next(one for one in taken if one.channel is channel)
         if first.tag >= self._ordered_from:
             channel.ack(last.tag, multiple=True, at_once=self._is_urgent(len(taken)))
@@ -171,6 +178,8 @@ class Subscription:
         channel = self._channel
         if channel is None:
             return
+        if self._live is not None:
+            self._live.note_taken(taken)
         at_once = self._is_urgent(len(taken))
         for delivery in taken:
             if delivery.channel is channel:

@@ -52,7 +52,9 @@ class Driver:
         self._guard = guard
         self.profile = profile
         self.users = [f"{name}{number}" for name in ("ann", "bob", "cid")]
-        self.history = History(max_length=profile.max_length, refusing=profile.refusing)
+        self.history = History(
+            max_length=profile.max_length, refusing=profile.refusing, begins_live=profile.begins_live
+        )
         self.tabs: list[Tab] = []
         #: Half-open ones.
         self.abandoned: list[Tab] = []

@@ -41,6 +41,8 @@ class Profile:
     #: to 80 % of its limit, and hears of acknowledgements with delay.
     max_length: int = 6
     refusing: frozenset[str] = frozenset()
+    #: Whether a relay may not know who else stands by at an inbox.
+    begins_live: bool = False
     #: Relays whose `publish_timeout` is so short that a stalled broker is told to senders.
     hasty: frozenset[str] = frozenset()
 
@@ -58,11 +60,11 @@ _SETTINGS: dict[str, dict[str, object]] = {
 PROFILES: dict[str, Profile] = {
     "one relay": Profile(("A",)),
     "two relays": Profile(("A", "B")),
-    "changed settings": Profile(("A", "changed")),
-    "quorum": Profile(("quorum1", "quorum2"), max_length=3),
+    "changed settings": Profile(("A", "changed"), begins_live=True),
+    "quorum": Profile(("quorum1", "quorum2"), max_length=3, begins_live=True),
     "refusing": Profile(("refusing", "A"), refusing=frozenset({"refusing"})),
     "hasty": Profile(("hasty", "A"), hasty=frozenset({"hasty"})),
-    "queue type changed": Profile(("A", "quorum1"), max_length=3),
+    "queue type changed": Profile(("A", "quorum1"), max_length=3, begins_live=True),
 }
 #: The first relay of each profile is never killed or stopped: what it takes after hours tells of leaks.
 WITNESSES = tuple(dict.fromkeys(profile.relays[0] for profile in PROFILES.values()))

@@ -146,10 +146,18 @@ class Session:
 
 
 class History:
-    """All of one example. `max_length` is the least that an inbox holds; `refusing` are relays that may refuse."""
+    """All of one example. `max_length` is the least that an inbox holds; `refusing` are relays that may refuse.
 
-    def __init__(self, *, max_length: int, refusing: frozenset[str] = frozenset()) -> None:
+    `begins_live`: a relay may not know who stands by (quorum queues, inboxes of other settings), so that a socket
+    that is alone begins with a live queue. What it takes from that may come again to the user's next socket if it
+    closes before it was promoted.
+    """
+
+    def __init__(
+        self, *, max_length: int, refusing: frozenset[str] = frozenset(), begins_live: bool = False
+    ) -> None:
         self.max_length = max_length
+        self.begins_live = begins_live
         self.refusing = refusing
         self.now = 0
         self.sessions: list[Session] = []
@@ -423,6 +431,8 @@ class History:
         Everyone who might have had it from the inbox must have taken it, without a failure meanwhile.
         """
         at: int | None = None
+        if self.begins_live:
+            return None
         for session in self.sessions:
             if session.user != message.to or session.has_gone_by(message.sent_at):
                 continue
