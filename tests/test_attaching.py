@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import gevent
 import pytest
 
+from imrelay.broker import channel as channel_module
 from imrelay.broker.connection import Connection
 from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Delivery, Mailbox
@@ -21,7 +22,7 @@ from tests.tap import Method
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0
-OPEN_OK, CONSUME_OK, DECLARE_OK = (20, 11), (60, 21), (50, 11)
+OPEN_OK, CHANNEL_CLOSE, CONSUME_OK, DECLARE_OK = (20, 11), (20, 40), (60, 21), (50, 11)
 _numbers = itertools.count(1)
 
 
@@ -111,3 +112,70 @@ def test_a_socket_that_closes_while_it_is_attached_leaves_nothing(
         socket.consumer.close()
     sockets.clear()
     eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(CHANNEL_CLOSE, id="refused"), pytest.param(OPEN_OK, id="before it is refused")]
+)
+def test_a_socket_that_closes_before_its_inbox_is_taken_as_it_stands_captures_nothing(
+    pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, method: Method
+) -> None:
+    """The inbox has other settings, the first attempt is refused, and the socket closes: no second attempt."""
+    with amqp(broker.url) as channel:
+        channel.queue_declare(f"inbox.{user}", durable=True, arguments={"x-single-active-consumer": True})
+        gate.hold(method)
+        hasty = Socket(pool, user)
+        assert gate.wait_held(PATIENCE)
+        hasty.consumer.close()
+        gate.let_pass()
+        next_one = Socket(pool, user)
+        next_one.wait_attached()
+        channel.basic_publish("direct_message", user, b"there", mandatory=True)
+        assert next_one.bodies() == [b"there"]
+        assert broker.queues()[f"inbox.{user}"]["consumers"] == 1
+        assert len(broker.channels()) == 2
+        next_one.consumer.close()
+
+
+def test_a_broker_that_does_not_answer_is_asked_again(
+    pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A declare that hangs while the connection lives ends that attempt and does not confuse the next."""
+    monkeypatch.setattr(channel_module, "ANSWER_TIMEOUT", 0.2)
+    gate.hold(DECLARE_OK, 2)
+    socket = Socket(pool, user)
+    assert gate.wait_held(PATIENCE)
+    eventually(lambda: socket.consumer.failures, PATIENCE, sleep=gevent.sleep)
+    assert not socket.consumer.is_attached
+    gate.let_pass()
+    monkeypatch.setattr(channel_module, "ANSWER_TIMEOUT", PATIENCE)
+    socket.wait_attached()
+    with amqp(broker.url) as channel:
+        channel.basic_publish("direct_message", user, b"there", mandatory=True)
+    assert socket.bodies() == [b"there"]
+    assert pool.is_open
+    socket.consumer.close()
+
+
+def test_a_promotion_that_is_not_answered_is_begun_anew(
+    pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody says whether the live queue is empty: the consumer attaches again, and nothing is lost."""
+    first, second = Socket(pool, user), Socket(pool, user)
+    first.wait_attached()
+    second.wait_attached()
+    with amqp(broker.url) as channel:
+        channel.basic_publish("direct_message", user, b"one", mandatory=True)
+        assert first.bodies() == second.bodies() == [b"one"]
+        gate.hold(DECLARE_OK)
+        monkeypatch.setattr(channel_module, "ANSWER_TIMEOUT", 0.2)
+        first.consumer.close()
+        assert gate.wait_held(PATIENCE)
+        eventually(lambda: not second.consumer.is_attached, PATIENCE, sleep=gevent.sleep)
+        gate.let_pass()
+        monkeypatch.setattr(channel_module, "ANSWER_TIMEOUT", PATIENCE)
+        second.wait_attached()
+        assert second.bodies() == [b"one"]  # for the writer, who knows repeats
+        channel.basic_publish("direct_message", user, b"two", mandatory=True)
+        assert second.bodies() == [b"two"]
+    second.consumer.close()

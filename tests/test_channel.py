@@ -11,6 +11,7 @@ import pytest
 from pika import spec
 from pika.exceptions import ChannelClosedByBroker
 
+from imrelay.broker import channel as channel_module
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
 from imrelay.errors import ChannelLost
@@ -94,6 +95,25 @@ def test_a_refusal_is_told_to_who_asked(connection: Connection) -> None:
     with pytest.raises(ChannelLost) as refused:
         told.channel.call(spec.Queue.Declare(queue="nowhere", passive=True), spec.Basic.Qos(prefetch_count=1))
     assert refused.value.reply_code == 404
+
+
+def test_who_gets_no_answer_is_told_in_time(
+    connection: Connection, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call ends with what is missing, the channel is closed, and a late answer reaches nobody."""
+    told = Told(connection)
+    gate.hold((50, 11))
+    monkeypatch.setattr(channel_module, "ANSWER_TIMEOUT", 0.1)
+    with pytest.raises(ChannelLost, match=r"did not answer within 0\.1 s: no Queue\.DeclareOk"):
+        told.channel.call(spec.Queue.Declare(queue="somebody", passive=True))
+    with pytest.raises(ChannelLost):
+        told.channel.call(spec.Basic.Qos(prefetch_count=1))
+    monkeypatch.setattr(channel_module, "ANSWER_TIMEOUT", PATIENCE)
+    gate.let_pass()
+    other = Channel(connection)
+    assert other.call(spec.Queue.Declare(queue="full", passive=True))[0].queue == "full"
+    eventually(lambda: connection.channels == 1, PATIENCE, sleep=gevent.sleep)
+    assert connection.is_open
 
 
 class FakePika:

@@ -149,6 +149,31 @@ def test_without_a_terminal_it_takes_yes_only_by_option(
     assert f"inbox.{user}" not in broker.queues() or depth(broker, user) == 0
 
 
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_the_first_messages_are_dropped_and_no_others(
+    command: Command, broker: VirtualHost, relay: RelayFactory, queue_type: str
+) -> None:
+    """--drop N throws away the N that would come first, after a question, and not while sockets are there."""
+    host = relay(inbox_queue_type=queue_type)
+    user = f"poisoned-{queue_type}"
+    with Browser(host, "sender") as sender:
+        for number in range(130):
+            sender.say(user, number, id=number)
+            sender.ack()
+    assert "say --yes" in command(user, "--drop", "2", status=1)
+    assert "Throw away the first 2 messages" in command.at_terminal("n", user, "--drop", "2")
+    assert "\n2 messages thrown away" in command(user, "--drop", "2", "--yes")
+    assert "\n120 messages thrown away" in command(user, "--drop", "120", "--yes")
+    with Browser(host, user, subprotocols=["imrelay.v1"]) as browser:
+        browser.read()  # the welcome
+        assert [browser.read()["message"]["content"] for _ in range(8)] == list(range(122, 130))
+        assert "is here" in command(user, "--drop", "2", "--yes", status=1)
+    eventually(lambda: broker.queues()[f"inbox.{user}"]["consumers"] == 0)
+    assert "\n8 messages thrown away" in command(user, "--drop", "9", "--yes")
+    assert depth(broker, user) == 0
+    assert "invalid" in command(user, "--drop", "0", status=2)
+
+
 def test_a_deleted_inbox_takes_its_exchange_along(command: Command, broker: VirtualHost, user: str) -> None:
     """After --delete nothing of the user is left on the broker."""
     command(user, "--delete", "--yes")

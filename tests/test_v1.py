@@ -375,6 +375,29 @@ def test_what_was_not_acknowledged_comes_again(
     pinged(come(user))
 
 
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_visits_without_an_ack_lose_nothing(
+    relay: RelayFactory, broker: VirtualHost, user: str, queue_type: str
+) -> None:
+    """A browser that fails on a message comes back 25 times: it gets all again each time, in order."""
+    host = relay(inbox_queue_type=queue_type, broker_prefetch=PREFETCH)
+    with Browser(host, f"{user}'s friend") as friend:
+        tell(friend, user, *range(PREFETCH + 2))
+    for visit in range(25):
+        with Browser(host, user, subprotocols=V1) as browser:
+            browser.read()  # the welcome
+            frames = [browser.read() for _ in range(PREFETCH)]
+            assert [frame["message"]["content"] for frame in frames] == list(range(PREFETCH)), visit
+            assert all(frame.get("redelivered", False) is (visit > 0) for frame in frames)
+        eventually(lambda: broker.queues()[f"inbox.{user}"]["messages_ready"] == PREFETCH + 2)
+    with Browser(host, user, subprotocols=V1) as browser:
+        browser.read()
+        for number in range(PREFETCH + 2):
+            assert browser.read()["message"]["content"] == number
+            browser.send(json.dumps({"ack": number + 1}))
+        eventually(lambda: broker.queues()[f"inbox.{user}"]["messages"] == 0)
+
+
 def test_no_more_than_prefetch_are_under_way(broker: VirtualHost, sender: Browser, come: Open, user: str) -> None:
     """`prefetch` messages are sent without an acknowledgement, then as many more as were acknowledged."""
     tell(sender, user, *range(3 * PREFETCH))

@@ -1,0 +1,196 @@
+"""What waits for a slow socket is bounded in bytes; all of it comes in the end, once and in order."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket as sockets
+from collections.abc import Iterator
+
+import gevent
+import pytest
+
+from imrelay.broker import subscription
+from imrelay.broker.connection import Connection
+from imrelay.broker.frames import Delivery
+from imrelay.broker.mailbox import Mailbox
+from imrelay.broker.overflow import Overflow
+from imrelay.broker.pool import ConsumerPool
+from imrelay.broker.topology import Topology
+from imrelay.config import InboxConfig
+from tests.brokers import amqp
+from tests.browser import Browser, wait_until_ready
+from tests.conftest import RelayFactory
+from tests.harness import VirtualHost, eventually
+
+#: Guard against hanging, in seconds; no measure of speed.
+PATIENCE = 20.0
+BUDGET = 200_000
+#: Size of a message, in bytes.
+LARGE = 60_000
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def user() -> str:
+    """An id that no other test has used."""
+    return f"slow {next(_numbers)}"
+
+
+@pytest.fixture(params=["classic", "quorum"])
+def pool(broker: VirtualHost, request: pytest.FixtureRequest) -> Iterator[ConsumerPool]:
+    """A pool of this process's own."""
+    made = ConsumerPool(
+        lambda name, on_state: Connection(lambda: [broker.url], name=name, heartbeat=60, on_state=on_state),
+        Topology("direct_message", InboxConfig(queue_type=request.param)),
+        prefetch=100,
+        channels_per_connection=100,
+    )
+    made.start()
+    with gevent.Timeout(PATIENCE * 6):
+        yield made
+    made.stop()
+
+
+class Reader:
+    """A socket whose writer takes as much as it is told to."""
+
+    def __init__(self, pool: ConsumerPool, user: str, budget: int = BUDGET) -> None:
+        self.mailbox = Mailbox(budget)
+        #: A socket at a quorum inbox begins with a live queue; each queue has a budget while it changes over.
+        self.parts = 2 if pool._topology.is_replicated else 1
+        self.consumer = pool.consume(user, self.mailbox)
+        assert self.consumer.wait_attached(PATIENCE)
+        self.seen: list[int] = []
+        self.repeated: list[int] = []
+        self.most = 0
+
+    def wait_for_deliveries(self, count: int) -> None:
+        """Block until so many deliveries have come, kept or not."""
+        eventually(lambda: self.consumer._subscription._newest >= count, PATIENCE, sleep=gevent.sleep)
+
+    def read(self, until: int) -> None:
+        """Take and acknowledge until that number has come."""
+        while until not in self.seen:
+            taken = [item for item in self.mailbox.take() if isinstance(item, Delivery)]
+            gevent.sleep(0.002)  # while it writes, more comes
+            self.most = max(self.most, self.mailbox.size)
+            self.consumer.ack(taken)
+            for one in taken:
+                number = int(one.body[:8])
+                (self.repeated if number in self.seen else self.seen).append(number)
+
+
+def publish(url: str, user: str, numbers: range, size: int = LARGE) -> None:
+    """Publish messages as another program, each with its number at its beginning."""
+    with amqp(url) as channel:
+        for number in numbers:
+            channel.basic_publish("direct_message", user, (b"%08d" % number).ljust(size), mandatory=True)
+
+
+def test_what_waits_for_a_socket_that_does_not_read_is_bounded(
+    pool: ConsumerPool, broker: VirtualHost, user: str
+) -> None:
+    """120 messages of 60 KiB: the mailbox holds its budget; read slowly, all come, once and in order."""
+    reader = Reader(pool, user)
+    publish(broker.url, user, range(120))
+    reader.wait_for_deliveries(100)
+    assert 0 < reader.mailbox.size <= BUDGET
+    reader.read(119)
+    assert reader.seen == list(range(120))
+    assert reader.repeated == []
+    assert reader.most <= reader.parts * BUDGET
+    eventually(lambda: broker.queues()[f"inbox.{user}"]["messages"] == 0, PATIENCE, sleep=gevent.sleep)
+    publish(broker.url, user, range(120, 140), size=8)
+    reader.read(139)
+    assert reader.seen == list(range(140))
+    reader.consumer.close()
+
+
+def test_a_message_larger_than_the_budget_comes_alone(pool: ConsumerPool, broker: VirtualHost, user: str) -> None:
+    """The mailbox never holds two of them, and all come."""
+    reader = Reader(pool, user, budget=4096)
+    publish(broker.url, user, range(20))
+    reader.wait_for_deliveries(20)
+    reader.read(19)
+    assert reader.seen == list(range(20))
+    assert reader.most <= reader.parts * (LARGE + 1)
+    reader.consumer.close()
+
+
+def test_a_slow_tab_takes_nothing_from_another(pool: ConsumerPool, broker: VirtualHost, user: str) -> None:
+    """Two sockets that do not read, the active one and one that stands by: either gets all, and when one goes."""
+    active, other = Reader(pool, user), Reader(pool, user)
+    publish(broker.url, user, range(30))
+    active.wait_for_deliveries(30)
+    other.wait_for_deliveries(30)
+    assert max(active.mailbox.size, other.mailbox.size) <= BUDGET
+    active.read(10)
+    active.consumer.close()  # the inbox begins to deliver to the other one, whose live queue is far from empty
+    publish(broker.url, user, range(30, 60))
+    other.read(59)
+    assert other.seen == list(range(60))
+    assert other.most <= 2 * BUDGET, "while it changes over, either queue has a budget"
+    other.consumer.close()
+
+
+def test_what_was_thrown_away_meanwhile_is_not_awaited(
+    pool: ConsumerPool, broker: VirtualHost, user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages that are purged after they were sent back do not keep newer ones from coming."""
+    monkeypatch.setattr(subscription, "_RETURNING", 0.2)
+    reader = Reader(pool, user)
+    publish(broker.url, user, range(20))
+    reader.wait_for_deliveries(20)
+    # as if a purge had come between the return and the next delivery
+    overflow = reader.consumer._subscription._overflow
+    channel = reader.consumer._channel
+    assert channel is not None
+    for tag in overflow.send_back(BUDGET):
+        channel.discard(tag)
+    reader.read(19)
+    assert reader.seen == sorted(reader.seen)
+    assert 0 in reader.seen
+    publish(broker.url, user, range(20, 60))
+    reader.read(59)
+    assert reader.seen[-40:] == list(range(20, 60))
+    reader.consumer.close()
+
+
+def test_a_plain_browser_that_reads_slowly_gets_all(relay: RelayFactory, broker: VirtualHost, user: str) -> None:
+    """120 messages of 60 KiB to a real socket that does not read at first: all come, once and in order."""
+    host = relay(websocket_max_send_buffer=BUDGET, websocket_max_message_size=2 * LARGE)
+    wait_until_ready(host)
+    small = [(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 8192)]
+    with Browser(host, f"{user}'s friend") as sender, Browser(host, user, sockopt=small) as slow:
+        texts = [sender.say(user, number, fill="x" * LARGE, id=number) for number in range(120)]
+        assert [sender.ack()["id"] for _ in texts] == list(range(120))
+        assert [json.loads(slow.receive())["content"] for _ in texts] == list(range(120))
+        assert slow.rest() == []
+
+
+def delivery(tag: int, body: bytes, *, mid: str | None = None, is_own: bool = False) -> Delivery:
+    """Return a delivery of the inbox."""
+    return Delivery("inbox", tag, False, body, mid, False, is_own, None)
+
+
+def test_what_is_under_way_goes_behind_what_is_awaited() -> None:
+    """A delivery that is not awaited is newer; what is gone is passed over; equal messages are counted."""
+    overflow = Overflow()
+    for tag, body in enumerate((b"a", b"b", b"b", b"c"), 1):
+        overflow.refuse(delivery(tag, body))
+    assert overflow.send_back(6) == [1, 2, 3]
+    newer = delivery(5, b"d")
+    assert not overflow.admit(newer)
+    overflow.refuse(newer)
+    assert overflow.admit(delivery(6, b"a"))
+    again = delivery(7, b"b")
+    again.redelivered = True
+    assert overflow.admit(again)
+    assert not again.redelivered, "its socket has not seen it"
+    assert overflow.send_back(4) == [4]  # the second b is still awaited
+    assert overflow.admit(delivery(8, b"c")), "so that b has expired"
+    assert overflow.awaited == 0
+    assert overflow.send_back(0) == [5], "one may be larger than the room"
+    assert overflow.admit(delivery(9, b"d"))
+    assert not overflow
