@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 import gevent
+import pika
 import pytest
 
 from imrelay.broker import channel as channel_module
@@ -179,3 +180,35 @@ def test_a_promotion_that_is_not_answered_is_begun_anew(
         channel.basic_publish("direct_message", user, b"two", mandatory=True)
         assert second.bodies() == [b"two"]
     second.consumer.close()
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_socket_that_closes_during_its_promotion_gives_back_what_it_has_not_taken(
+    pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, takes: bool
+) -> None:
+    """What it has taken from its live queue does not come again to the next socket; all else does."""
+    first, second = Socket(pool, user), Socket(pool, user)
+    first.wait_attached()
+    second.wait_attached()
+    own = pika.BasicProperties(app_id="imrelay", message_id="0" * 26, type="text")
+    with amqp(broker.url) as channel:
+        channel.basic_publish("direct_message", user, b"one", own, mandatory=True)
+        (delivery,) = second.mailbox.take()
+        assert isinstance(delivery, Delivery)
+        if takes:
+            second.consumer.ack([delivery])
+        gate.hold(DECLARE_OK)
+        first.consumer.close()
+        live = second.consumer._subscription._live
+        assert live is not None
+        eventually(lambda: live.held, PATIENCE, sleep=gevent.sleep)
+        second.consumer.close()
+        gate.let_pass()
+        third = Socket(pool, user)
+        third.wait_attached()
+        channel.basic_publish("direct_message", user, b"two", mandatory=True)
+        bodies: list[bytes] = []
+        while b"two" not in bodies:
+            bodies += third.bodies()
+        assert bodies == ([b"two"] if takes else [b"one", b"two"])
+    third.consumer.close()

@@ -157,7 +157,7 @@ def _at_rest(fleet: Fleet, vhost: VirtualHost) -> dict[str, float]:
     """Measure when the channels of the last example have gone."""
     for name in WITNESSES:
         fleet.get(name).wait_until_ready()
-    eventually(lambda: not any(channel["consumer_count"] for channel in vhost.channels()), 30)
+    eventually(lambda: not any(queue["consumers"] for queue in vhost.user_queues().values()), 30)
     return measure(fleet, vhost)
 
 
