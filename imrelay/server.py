@@ -64,6 +64,7 @@ class Relay:
             timeout=broker.publish_timeout,
             persistent=broker.persistent,
             create_unknown=config.inbox.unknown_recipient == "create",
+            other_server=broker.envelope == "node",
             queue_bytes=broker.publish_queue_bytes,
             inbox_expires=config.inbox.expires,
             on_exchange_lost=self._consumers.rebind,
@@ -209,9 +210,9 @@ class Server:
     def start(self) -> None:
         """Listen, then start what is below; raises `SetupError` and leaves nothing behind when that cannot be."""
         broker = self._broker
-        relay = Relay(self._config, broker_urls(self._config) if broker is None else lambda: (broker.url,))
         listener = _listen(self._config.server.host, self._config.server.port)
         try:
+            relay = Relay(self._config, broker_urls(self._config) if broker is None else lambda: (broker.url,))
             if broker is not None:
                 broker.start()
         except BaseException:

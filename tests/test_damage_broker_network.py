@@ -121,7 +121,7 @@ class _Attaching(MethodTap):
 
 def test_many_sockets_come_back_a_few_at_a_time(relay: RelayFactory, broker: VirtualHost) -> None:
     """When the broker is back, only so many sockets subscribe at the same time, and all of them in the end."""
-    count, bound = 300, 16
+    count, bound = 300, 16 + 1  # sockets, and the relay queue
     seen = _Attaching()
     with Proxy(broker.url, tap=seen) as proxy, ExitStack() as sockets:
         host = relay(broker_url=proxy.url, broker_channels_per_connection=200)

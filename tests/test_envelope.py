@@ -122,6 +122,13 @@ def test_a_user_of_the_article_counts_as_known(article: ArticleServer, relay: Re
         text = browser.say(user, id="c1")
         assert browser.ack()["id"] == "c1"
         assert json.loads(next(bodies)) == {"type": "utf8", "utf8Data": text}
+        browser.say("somebody else", id="c2")
+        error = browser.error()
+        assert (error["code"], error["id"]) == ("recipient_unknown", "c2")
+        for number in range(20):
+            browser.say(user, number, id=number)
+        assert [browser.ack()["id"] for _ in range(20)] == list(range(20))
+        assert [json.loads(json.loads(next(bodies))["utf8Data"])["content"] for _ in range(20)] == list(range(20))
 
 
 def test_one_user_at_both_servers(host: RelayProcess, article: ArticleServer, user: str) -> None:

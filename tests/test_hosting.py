@@ -382,10 +382,13 @@ def test_the_watch_outlives_a_fault() -> None:
             return self.looks > 2
 
     class FakeRelay:
+        desk = None
+
         def stop(self, timeout: float) -> None:
             stopped.set()
 
     hosted = HostedRelay({"IMRELAY_BROKER_URL": "amqp://nowhere.invalid/"})
     hosted._relay = cast(Relay, FakeRelay())
+    hosted._pid = os.getpid()
     hosted._watch(FailingServer())
     assert stopped.wait(30)

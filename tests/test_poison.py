@@ -79,11 +79,22 @@ def test_a_message_that_cannot_be_written_ends_no_session(
 
     monkeypatch.setattr(protocol.Plain, "_unpack", unpack)
     user = f"poisoned {subprotocol}"
-    hub = SimpleNamespace(join=lambda session: None, leave=lambda session: None, is_draining=False)
+    nothing = dict.fromkeys(("join", "leave", "register", "forget"), lambda session: None)
+    hub = SimpleNamespace(**nothing, is_draining=False)
     mids = SimpleNamespace(next=lambda: ("session", 0))
     limits = WebSocketConfig()
-    services = Services(cast(Any, hub), pool, cast(Any, None), cast(Any, mids), limits, node_envelope=True)
+    services = Services(
+        cast(Any, hub),
+        pool,
+        publisher=cast(Any, None),
+        mids=cast(Any, mids),
+        relays=cast(Any, None),
+        limits=limits,
+        node_envelope=True,
+        remembered=100,
+    )
     session = Session(user, services)
+    session.consume()
     assert session.wait_attached(PATIENCE)
     socket = Socket(subprotocol)
     running = gevent.spawn(session.run, socket)

@@ -75,7 +75,9 @@ class Detours:
     """The detours of one channel. What is called from the hub or the publisher's greenlet does not block.
 
     `ways` holds what is known of inboxes on this channel; `ask` has one made sure of, `requeue` has messages
-    published before all others, and `renew` is to open another channel.
+    published before all others, and `renew` is to open another channel. `elsewhere` is given where users without
+    an inbox may be at another kind of server, and returns a way on which a message is tried: one that comes back
+    says that they are not.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Detours:
         ask: Callable[[Detour], None],
         requeue: Callable[[Sequence[Publication]], None],
         renew: Callable[[], None],
+        elsewhere: Callable[[], Way] | None = None,
     ) -> None:
         #: The detours by user.
         self.by_user: dict[str, Detour] = {}
@@ -100,6 +103,7 @@ class Detours:
         self._ask = ask
         self._requeue = requeue
         self._renew = renew
+        self._elsewhere = elsewhere
 
     def clear(self) -> None:
         """Forget all of them: the channel was lost, and all that waited has been queued again."""
@@ -152,11 +156,17 @@ class Detours:
         if isinstance(outcome, BaseException):
             self._make_sure_later(detour)
             return
-        detour.is_there = outcome is not None
         if outcome is None:
-            for publication in [detour.waiting.popleft() for _ in range(min(detour.asked, len(detour.waiting)))]:
-                self._answer(publication, RecipientUnknown("nobody with this id was ever here"))
-        else:
+            asked = [detour.waiting.popleft() for _ in range(min(detour.asked, len(detour.waiting)))]
+            tried = [one for one in asked if not one.returns] if self._elsewhere is not None else []
+            for publication in asked:
+                if publication not in tried:
+                    self._answer(publication, RecipientUnknown("nobody with this id was ever here"))
+            detour.waiting.extendleft(reversed(tried))
+            if tried and self._elsewhere is not None:
+                outcome = self._elsewhere()
+        detour.is_there = outcome is not None
+        if outcome is not None:
             detour.way = outcome
         self._advance(detour)
 

@@ -28,7 +28,7 @@ from imrelay.broker.ledger import Ledger
 from imrelay.broker.mailbox import Bell
 from imrelay.broker.publication import Publication
 from imrelay.broker.refusals import Refusals
-from imrelay.broker.topology import Topology
+from imrelay.broker.topology import AS_IT_STANDS, Topology
 from imrelay.broker.under_way import UnderWay
 from imrelay.broker.ways import Way, Ways
 from imrelay.errors import BadMessage, ChannelLost
@@ -44,6 +44,8 @@ _SWEEP = 0.2
 _BATCH, _BATCH_BYTES = 128, 65_536
 #: Pause after the channel went with its connection, in seconds.
 _LOST_PAUSE = 0.02
+#: Seconds for which a user without an inbox counts as being at another server.
+_ELSEWHERE = 1.0
 #: Pause after a fault of the publisher's own, in seconds.
 _FAULT_PAUSE = 0.5
 #: `channel.close` code of AMQP 0-9-1.
@@ -57,6 +59,7 @@ class Publisher:
     `queue_size` and `queue_bytes` bound the messages that are not yet answered; `queue_size` also those that were
     handed over and not confirmed. `timeout` (seconds) is the longest time that a message waits for its answer, and
     the longest that `publish` blocks for room. `inbox_expires` is the `x-expires` of new inboxes (seconds).
+    `other_server`: users without an inbox may be at the article's Node.js server.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Publisher:
         timeout: float,
         persistent: bool,
         create_unknown: bool,
+        other_server: bool = False,
         queue_bytes: int = 1 << 26,
         inbox_expires: float = 0.0,
         on_exchange_lost: Callable[[], None] = lambda: None,
@@ -103,6 +107,7 @@ class Publisher:
             ask=self._check.ask,
             requeue=self._requeue,
             renew=self._leave,
+            elsewhere=(lambda: Way(clock() + _ELSEWHERE, AS_IT_STANDS[0], 0.0)) if other_server else None,
         )
         self._refusals = Refusals(clock)
         self._channel: Channel | None = None

@@ -185,9 +185,9 @@ class Driver:
         if all(s.gone_at is not None or s.is_open for s in self.history.sessions if s.user == user):
             return
         count = sum(tab.session.user == user for tab in [*self.tabs, *self.abandoned])
-        for tab in self.tabs:
-            if tab.session.user == user:
-                self.calm(tab.session.relay)
+        here = [session for session in self.history.sessions if session.user == user and session.gone_at is None]
+        for relay in dict.fromkeys(session.relay for session in here):  # also where one has ended, unnoticed yet
+            self.calm(relay)
         try:
             eventually(lambda: self.outside.consumers(user) <= count, self._guard)
         except AssertionError:

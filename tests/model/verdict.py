@@ -56,7 +56,9 @@ def _of_refused(history: History, message: Message, seen_by: list[Session]) -> I
     for session in seen_by:
         if code != "inbox_full":
             yield f"{message} got {code} for certain and came to {session.name}"
-        elif session.opened_at > message.answers[0].at or history.was_only(session):
+        elif session.opened_at > message.answers[0].at or (
+            history.was_only(session) and not history.begins_live  # else its live queue may have shown it
+        ):
             yield f"{message} got inbox_full and was kept all the same: it came to {session.name}"
 
 
