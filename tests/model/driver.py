@@ -55,6 +55,7 @@ class Driver:
         self.history = History(
             max_length=profile.max_length, refusing=profile.refusing, begins_live=profile.begins_live
         )
+        self.history.excused |= profile.hasty
         self.tabs: list[Tab] = []
         #: Half-open ones.
         self.abandoned: list[Tab] = []

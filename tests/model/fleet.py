@@ -43,7 +43,7 @@ class Profile:
     refusing: frozenset[str] = frozenset()
     #: Whether a relay may not know who else stands by at an inbox.
     begins_live: bool = False
-    #: Relays whose `publish_timeout` is so short that a stalled broker is told to senders.
+    #: Relays whose `publish_timeout` is so short that senders are told of a broker that is stalled, lost or slow.
     hasty: frozenset[str] = frozenset()
 
 

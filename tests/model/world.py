@@ -192,8 +192,6 @@ class World(Driver):
         if relay not in self._troubled:
             self._stalled.add(relay)
         self._troubled.add(relay)
-        if relay in self.profile.hasty:
-            self.history.excused.add(relay)
         self.fleet.get(relay).link.stall()
 
     def lose_link(self, relay: str) -> None:
