@@ -7,7 +7,7 @@ import os
 import resource
 from dataclasses import dataclass
 
-from imrelay.config import Config
+from imrelay.config import Config, ServerConfig
 from imrelay.websocket import CROWD, Listener
 
 __all__ = ["Capacity", "allot"]
@@ -37,16 +37,18 @@ def allot(config: Config, *, places: int | None = None) -> Capacity:
     `places` is how many connections the hosting server takes at the same time, where it has a bound of its own.
     """
     server = config.server
+    share = config.broker.channels_per_connection
     reserve = _open_now() + Listener.max_accept + _SUNDRY + _PUBLISHING + 2 * CROWD
-    reserve += server.max_connections // config.broker.channels_per_connection
-    limit = _raise_limit(server.max_connections + server.max_http_connections + reserve)
-    room = max(2, limit - reserve)
+    limit = _raise_limit(_needed(server, share) + reserve)
+    free = max(2, limit - reserve)
+    capacity, missing = _fit(server, free, share), _needed(server, share) - free
     short_of = f"the limit of {limit} open files (ulimit -n; LimitNOFILE= of a systemd unit)"
-    if places is not None and places - 2 * CROWD < room:
-        room = max(2, places - 2 * CROWD)
-        short_of = f"the {places} connections that the hosting server takes (gunicorn: --worker-connections)"
-    http = max(1, min(server.max_http_connections, room // 4))
-    capacity = Capacity(min(server.max_connections, room - http), http)
+    if places is not None:
+        free = max(2, places - 2 * CROWD)
+        by_places = _fit(server, free, None)
+        if by_places.sockets < capacity.sockets or by_places.http < capacity.http:
+            capacity, missing = by_places, _needed(server, None) - free
+            short_of = f"the {places} connections that the hosting server takes (gunicorn: --worker-connections)"
     logger.info(
         "%d open files allow %d browser sockets and %d HTTP connections", limit, capacity.sockets, capacity.http
     )
@@ -56,14 +58,25 @@ def allot(config: Config, *, places: int | None = None) -> Capacity:
             server.max_connections,
             server.max_http_connections,
             short_of,
-            _missing(server.max_connections, server.max_http_connections, room),
+            missing,
         )
     return capacity
 
 
-def _missing(sockets: int, http: int, room: int) -> int:
-    """Return by how much `room` has to grow until both settings hold; HTTP gets a quarter of it at most."""
-    return max(sockets + http, 4 * http) - room
+def _needed(server: ServerConfig, share: int | None) -> int:
+    """Return how much both settings need; HTTP gets a quarter of it at most.
+
+    `share` is how many sockets share one AMQP connection; None where those do not count.
+    """
+    connections = -(-server.max_connections // share) if share else 0
+    return max(server.max_connections + connections + server.max_http_connections, 4 * server.max_http_connections)
+
+
+def _fit(server: ServerConfig, free: int, share: int | None) -> Capacity:
+    """Share out `free` descriptors or places; `share` as above, since AMQP connections grow with the sockets."""
+    http = max(1, min(server.max_http_connections, free // 4))
+    sockets = (free - http) * share // (share + 1) if share else free - http
+    return Capacity(max(1, min(server.max_connections, sockets)), http)
 
 
 def _raise_limit(needed: int) -> int:

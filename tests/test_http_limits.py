@@ -175,6 +175,17 @@ def test_the_soft_limit_is_raised(limited: LimitedFactory) -> None:
     assert "WARNING" not in relay.log
 
 
+@pytest.mark.parametrize(
+    ("option", "least"), [("--server-max-connections=1000000", 600), ("--broker-channels-per-connection=1", 300)]
+)
+def test_what_is_kept_for_the_broker_grows_with_the_sockets_that_fit(
+    limited: LimitedFactory, option: str, least: int
+) -> None:
+    """The AMQP connections of sockets that the descriptors do not allow take none of them."""
+    sockets, _ = allowed(limited(64, 1_024, option))
+    assert sockets > least
+
+
 def test_at_the_limit_of_open_files(limited: LimitedFactory) -> None:
     """Of 200 sockets those are let in that the descriptors allow, the others told so; all else goes on."""
     relay = limited(64, DESCRIPTORS)
