@@ -392,3 +392,10 @@ def test_the_watch_outlives_a_fault() -> None:
     hosted._pid = os.getpid()
     hosted._watch(FailingServer())
     assert stopped.wait(30)
+
+
+def test_readme_installs_what_the_worker_imports() -> None:
+    """The tests have other packages beside gunicorn, which would hide one that a user's .venv lacks."""
+    root = Path(__file__).parent.parent
+    assert ".venv/bin/pip install 'gunicorn[gevent]'" in (root / "README.md").read_text(encoding="utf-8")
+    assert "gunicorn[gevent]" in (root / "setup.cfg").read_text(encoding="utf-8")
