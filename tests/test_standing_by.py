@@ -69,7 +69,7 @@ class Tab:
     def _run(self) -> None:
         while items := self.mailbox.take():
             taken = [item for item in items if isinstance(item, Delivery)]
-            self.bodies += [item.body for item in taken]
+            self.bodies += [item.body for item in taken if item.copy_of is None]
             self.consumer.ack(taken)
 
     def close(self) -> None:
@@ -187,3 +187,35 @@ def test_equal_messages_of_other_programs_are_all_shown(
             channel.basic_publish("direct_message", user, b"refresh", mandatory=True)
         assert [browser.receive() for _ in range(5)] == ["refresh"] * 5
         assert set(browser.rest()) <= {"refresh"}
+
+
+@pytest.mark.parametrize("acknowledges", ["never", "before", "after"])
+def test_what_a_browser_was_shown_from_its_live_queue_is_not_taken_by_that(
+    relay: RelayFactory, broker: VirtualHost, user: str, acknowledges: str
+) -> None:
+    """Another program's message comes to a tab by the live queue and then by the inbox: one `ack` is for both."""
+    host = relay()
+    wait_until_ready(host)
+    with Browser(host, user, subprotocols=["imrelay.v1"]) as first, amqp(broker.url) as channel:
+        assert "welcome" in first.read()
+        with Browser(host, user, subprotocols=["imrelay.v1"]) as second:
+            assert "welcome" in second.read()
+            channel.basic_publish("direct_message", user, b'"foreign"', mandatory=True)
+            assert first.read()["message"] == second.read()["message"] == "foreign"
+            if acknowledges == "before":
+                second.send('{"ack":1}')
+                second.send('{"ping":1}')
+                assert second.read() == {"pong": 1}
+            first.close()
+            eventually(lambda: not [name for name in broker.queues() if name.startswith("amq.")])  # the live queue
+            if acknowledges == "after":
+                second.send('{"ack":1}')
+            second.send('{"ping":2}')
+            assert second.read() == {"pong": 2}
+        with Browser(host, user, subprotocols=["imrelay.v1"]) as third:
+            assert "welcome" in third.read()
+            channel.basic_publish("direct_message", user, b'"last"', mandatory=True)
+            shown = [third.read()["message"]]
+            while shown[-1] != "last":
+                shown.append(third.read()["message"])
+        assert shown == (["foreign", "last"] if acknowledges == "never" else ["last"])

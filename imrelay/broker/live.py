@@ -34,7 +34,8 @@ class LiveQueue:
         self.overflow = Overflow()
         #: Bytes of what is set aside.
         self.set_aside = 0
-        self._foreign: deque[Identity] = deque(maxlen=_REMEMBERED)
+        #: Other programs' messages that it has brought last, and the delivery tags of these.
+        self._foreign: deque[tuple[Identity, int]] = deque(maxlen=_REMEMBERED)
         #: Messages of relays that the browser has taken from it last.
         self._taken: deque[str] = deque(maxlen=_REMEMBERED)
 
@@ -50,7 +51,7 @@ class LiveQueue:
     def take(self, delivery: Delivery) -> bool:
         """Take note of a delivery of the live queue; tell whether it was set aside."""
         if not delivery.is_own:
-            self._foreign.append(identify(delivery))
+            self._foreign.append((identify(delivery), delivery.tag))
         if self.early is None:
             return False
         self.early.append(delivery)
@@ -83,19 +84,19 @@ class LiveQueue:
         self.set_aside -= sum(len(delivery.body) + 1 for delivery in settled)
         return settled
 
-    def merge(self, certain: int) -> tuple[list[Delivery], list[Delivery]]:
-        """Return what was set aside in its order, and what of it is to be left out as shown twice.
+    def merge(self, certain: int) -> list[Delivery]:
+        """Return what was set aside in its order; other programs' messages that came twice are marked as copies.
 
-        Repeats of a relay's own messages stay in: their ids tell them to the writer. Messages of other programs
+        Repeats of a relay's own messages are not: their ids tell them to the writer. Messages of other programs
         have no ids to trust, so of the first `certain` deliveries of the inbox, which had come before the live
-        queue was seen empty for the last time, those are left out that the live queue brought once and the inbox
+        queue was seen empty for the last time, those are marked that the live queue brought once and the inbox
         gives once. Where either has the same content twice, all are shown.
         """
         held = self.held or []
-        repeats: list[Delivery] = []
         if self._foreign:
-            shown, given = Counter(self._foreign), Counter(identify(one) for one in held if not one.is_own)
+            shown, tags = Counter(identity for identity, _ in self._foreign), dict(self._foreign)
+            given = Counter(identify(one) for one in held if not one.is_own)
             for one in held[:certain]:
                 if not one.is_own and shown[identify(one)] == given[identify(one)] == 1:
-                    repeats.append(one)
-        return [one for one in self.settle() + (self.held or []) if one not in repeats], repeats
+                    one.copy_of = tags[identify(one)]
+        return self.settle() + (self.held or [])

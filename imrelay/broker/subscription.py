@@ -330,11 +330,9 @@ class Subscription:
         channel.call(spec.Basic.Cancel(LIVE_TAG))  # the last consumer: the live queue goes with it
         if self._channel is not channel:
             return
-        kept, repeats = live.merge(certain)
+        kept = live.merge(certain)
         self._live = None
         self._deliver(kept)
-        if repeats:
-            self.ack_each(repeats)
         self._end_overflow()
         if self._overflow and not self._mailbox.size:
             self._on_room()
