@@ -19,6 +19,8 @@ __all__ = ["Driver", "Tab"]
 
 #: Seconds in which what must come has to come: a guard, generous for a busy machine.
 _GUARD = 20.0
+#: Connections of a relay to its broker: one to publish, one to consume.
+_CONNECTIONS = 2
 #: At most so many bytes does the kernel take for a browser that does not read: 14,336 were measured (Linux).
 _KERNEL = 18_000
 
@@ -65,6 +67,8 @@ class Driver:
         self._stalled: set[str] = set()
         #: Relays that have lost their links since they were ready last.
         self._cut: set[str] = set()
+        #: Connections that the links of relays had taken when they were reset.
+        self._taken: dict[str, int] = {}
         self._is_acking = False
         self._audits: set[str] = set()
         fleet.start(profile.relays)
@@ -174,6 +178,9 @@ class Driver:
         self._troubled.discard(relay)
         self._stalled.discard(relay)
         try:
+            if relay in self._taken:  # else it may not have noticed yet, and call itself ready
+                wanted = self._taken.pop(relay) + _CONNECTIONS
+                eventually(lambda: process.link.taken >= wanted, self._guard)
             process.wait_until_ready()
         except AssertionError as exc:
             raise Violation(f"{relay} does not become ready: {exc}") from None

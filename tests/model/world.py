@@ -199,6 +199,7 @@ class World(Driver):
         self.tell(f"{relay} loses its connections to the broker")
         process = self.fleet.get(relay)
         self.history.disturb(relay)
+        self._taken[relay] = process.link.taken
         process.link.reset()
         process.link.heal()
         self._troubled.add(relay)
@@ -232,6 +233,7 @@ class World(Driver):
         process.process.kill()
         process.process.wait()
         self._lose_tabs(relay)
+        self._taken.pop(relay, None)
         self._troubled.discard(relay)
         self._stalled.discard(relay)
         self.fleet.replace(relay)
