@@ -372,8 +372,10 @@ class History:
         if arrival.redelivered:
             if all(other.has_gone_by(message.sent_at) for other in others):
                 raise Violation(f"{message} came to {session.name} as redelivered, but nobody had it before")
-        elif self.was_only(session) and any(
-            other.v1 and other.has_seen(message) and self.was_only(other) for other in others
+        elif (
+            not self.begins_live
+            and self.was_only(session)
+            and any(other.v1 and other.has_seen(message) and self.was_only(other) for other in others)
         ):
             raise Violation(f"{message} came to {session.name} again without redelivered")
 
