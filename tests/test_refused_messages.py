@@ -39,12 +39,17 @@ class _Openings(MethodTap):
 @pytest.fixture
 def small_limit(broker: VirtualHost) -> Iterator[None]:
     """The node takes messages of up to `LIMIT` bytes, on channels that are opened from now on."""
+
+    def limit(size: int) -> None:
+        broker.evaluate(f"application:set_env(rabbit, max_message_size, {size})")
+        broker.evaluate(f"persistent_term:put(max_message_size, {size})")  # where RabbitMQ 4 looks
+
     before = broker.evaluate("application:get_env(rabbit, max_message_size, 134217728)")
-    broker.evaluate(f"application:set_env(rabbit, max_message_size, {LIMIT})")
+    limit(LIMIT)
     try:
         yield
     finally:
-        broker.evaluate(f"application:set_env(rabbit, max_message_size, {before})")
+        limit(before)
 
 
 def kept(broker: VirtualHost, user: str) -> list[bytes]:

@@ -6,6 +6,7 @@ import errno
 import glob
 import os
 import random
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from imrelay.errors import SetupError
 
-__all__ = ["HOST", "PORTS", "accepts", "find_epmd", "find_scripts", "free_ports", "is_free_port"]
+__all__ = ["HOST", "PORTS", "accepts", "find_epmd", "find_scripts", "find_version", "free_ports", "is_free_port"]
 
 #: Where a private node listens, and nowhere else.
 HOST = "127.0.0.1"
@@ -46,6 +47,19 @@ def find_scripts() -> Path:
         "RabbitMQ is not installed: run 'apt-get install rabbitmq-server' as root, "
         "or set [broker] url to the amqp:// URL of one that runs elsewhere"
     )
+
+
+def find_version(scripts: Path) -> tuple[int, ...]:
+    """Return the version of the RabbitMQ to which these scripts belong, by the names of its files; () if unknown.
+
+    Nothing is run for that: a `rabbitmq-server --version` of some packages starts the system's node.
+    """
+    for place in (scripts.parent, *sorted(scripts.parent.glob("lib/rabbitmq_server-*"), reverse=True)):
+        for found in sorted(place.glob("plugins/rabbit-*"), reverse=True):
+            numbers = re.fullmatch(r"rabbit-(\d+)\.(\d+)\.(\d+).*", found.name)
+            if numbers is not None:
+                return tuple(int(number) for number in numbers.groups())
+    return ()
 
 
 def find_epmd() -> str:

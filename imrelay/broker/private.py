@@ -21,7 +21,7 @@ import pika.exceptions
 
 from imrelay.broker.child import Child, end_holder, is_free_lock, read_pid, until
 from imrelay.broker.folder import NodeFolder
-from imrelay.broker.installed import HOST, accepts, find_epmd, find_scripts
+from imrelay.broker.installed import HOST, accepts, find_epmd, find_scripts, find_version
 from imrelay.errors import SetupError
 
 __all__ = ["NodeState", "PrivateBroker"]
@@ -107,7 +107,7 @@ class PrivateBroker:
             self._folder.acquire()
             self._end_leftovers()
             self._folder.choose()
-            self._folder.write_files()
+            self._folder.write_files(find_version(self._scripts))
             self._halt.clear()
             self._boot_epmd(epmd)
             self._boot_node()

@@ -36,6 +36,8 @@ _BEGINNING = 0.5
 _SETTLING = 0.1
 #: Seconds without a delivery after which what was sent back is held for gone.
 _RETURNING = 5.0
+#: Largest message of a browser unless `max_message_size` says otherwise, in bytes.
+_USUAL_MOST = 65_536
 #: `channel.close` code of AMQP 0-9-1.
 _INTERNAL_ERROR = 541
 
@@ -58,6 +60,7 @@ class Subscription:
         "_on_fault",
         "_ordered_from",
         "_overflow",
+        "_sends_back",
         "_unsaid",
         "_user",
         "has_stood_by",
@@ -78,6 +81,8 @@ class Subscription:
         self._first: Event | None = None
         #: The live queue, while there is one.
         self._live: LiveQueue | None = None
+        #: Whether what the inbox brings and there is no room for is sent back to it, to come again in its order.
+        self._sends_back = True
         #: What came from the inbox and had no room.
         self._overflow = Overflow()
         #: Whether a delivery has nothing to do but to go to the mailbox.
@@ -100,9 +105,14 @@ class Subscription:
     ) -> None:
         """Consume from the inbox, and from a live queue unless this is known to be the active consumer.
 
-        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by. Raises `ChannelLost`.
+        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by, so it is a classic queue.
+        A quorum queue puts what is sent back behind other messages, so no more is asked of it than there is room
+        for. Raises `ChannelLost`.
         """
         self._channel = channel
+        self._sends_back = is_counted
+        if not is_counted:
+            prefetch = max(1, min(prefetch, self._mailbox.budget // _USUAL_MOST))
         self._hurry_from = prefetch // 2
         self._first = None if is_counted else Event()
         ask = topology.ask_inbox(self._user)
@@ -225,7 +235,7 @@ class Subscription:
             elif not live.take(delivery):
                 self._mailbox.deliver(delivery)
                 self._end_overflow()
-        elif not self._has_place(self._overflow, delivery):
+        elif self._sends_back and not self._has_place(self._overflow, delivery):
             self._refuse(self._overflow, delivery)
         elif live is None:
             self._mailbox.deliver(delivery)
