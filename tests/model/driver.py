@@ -12,7 +12,7 @@ from typing import Any
 from tests.harness import eventually
 from tests.model.broker import Outside
 from tests.model.fleet import Fleet, ModelRelay, Profile
-from tests.model.history import History, Session, Violation
+from tests.model.history import History, Message, Session, Violation
 from tests.model.wire import Wire, split_v1
 
 __all__ = ["Driver", "Tab"]
@@ -67,6 +67,8 @@ class Driver:
         self._stalled: set[str] = set()
         #: Relays that have lost their links since they were ready last.
         self._cut: set[str] = set()
+        #: What was sent for each message: the relay may have added `from` to it.
+        self._payloads: dict[Message, bytes] = {}
         #: Connections that the links of relays had taken when they were reset.
         self._taken: dict[str, int] = {}
         self._is_acking = False

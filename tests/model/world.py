@@ -84,6 +84,7 @@ class World(Driver):
             if bare:
                 body = b'{"from":{"id":"%s"},' % tab.session.user.encode() + payload[1:]
             messages.append(self.history.send(tab.session, to, body, binary=binary, id=fields.get("id")))
+            self._payloads[messages[-1]] = payload
             tab.wire.send(payload, binary=binary)
         shape = "".join(
             word for flag, word in ((not ask, ", no id"), (binary, ", binary"), (large, ", large")) if flag
@@ -106,7 +107,7 @@ class World(Driver):
                 self.calm(tab.session.relay)
                 self.history.send_again(message)
                 self.tell(f"{tab.session.name} sends {message.number} again")
-                tab.wire.send(message.body, binary=message.binary)
+                tab.wire.send(self._payloads[message], binary=message.binary)
                 return
 
     def send_garbage(self, tab: Tab, kind: int) -> None:
