@@ -117,7 +117,7 @@ class Plain:
 
     def encode(self, delivery: Delivery) -> Frame | None:
         """Return what is to be written for a delivery; None for a repeat of what this socket got already."""
-        if delivery.copy_of is not None or self._is_repeat(_key_of(delivery)):
+        if self._is_repeat(_key_of(delivery)):
             return None
         if self._node_envelope or not delivery.body.isascii():
             return self._unpack(delivery)
@@ -209,11 +209,8 @@ class V1(Plain):
             self._source = delivery.channel
             self._forget_void(delivery.channel)
         key = _key_of(delivery)
-        if delivery.copy_of is not None:
-            self._take_copy(delivery)
-            return None
         if self._is_repeat(key):
-            self._take_repeat(self._by_key.get(key or ""), delivery)
+            self._take_repeat(key, delivery)
             return None
         payload, binary = self._unpack(delivery)
         time_ms = delivery.time_ms if delivery.time_ms is not None else mid_time_ms(delivery.mid)
@@ -227,17 +224,9 @@ class V1(Plain):
             self._by_key[key] = sent
         return frame, binary
 
-    def _take_copy(self, delivery: Delivery) -> None:
-        """Take another program's message for the second time; it is acknowledged when the first one is."""
-        for sent in self._unacknowledged:
-            if sent.delivery.tag == delivery.copy_of and sent.delivery.channel is delivery.channel:
-                break
-        else:
-            sent = None
-        self._take_repeat(sent, delivery)
-
-    def _take_repeat(self, sent: _Sent | None, delivery: Delivery) -> None:
-        """Let a delivery take the place of one that was sent; None: that was acknowledged already."""
+    def _take_repeat(self, key: str | None, delivery: Delivery) -> None:
+        """Let a delivery take the place of the one that was sent, unless that was acknowledged already."""
+        sent = self._by_key.get(key or "")
         delivery.body = b""
         if sent is not None:
             stale, sent.delivery = sent.delivery, delivery

@@ -65,7 +65,7 @@ class Delivery:
     """A message from the broker that waits to be taken (`basic.deliver`)."""
 
     __slots__ = (
-        "binary", "body", "channel", "consumer_tag", "copy_of", "is_own", "mid", "redelivered", "tag", "time_ms"
+        "binary", "body", "channel", "consumer_tag", "is_own", "mid", "redelivered", "tag", "time_ms"
     )  # fmt: skip
 
     def __init__(
@@ -94,8 +94,6 @@ class Delivery:
         self.time_ms = time_ms
         #: Whose delivery it is; for the consumer to set.
         self.channel: object = None
-        #: The tag of the delivery, on the same channel, of which this one is a copy; for the consumer to set.
-        self.copy_of: int | None = None
 
     @classmethod
     def from_pika(cls, method: spec.Basic.Deliver, properties: spec.BasicProperties, body: bytes) -> Delivery:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 
 from imrelay.broker.frames import Delivery
-from imrelay.broker.overflow import Identity, Overflow, identify
+from imrelay.broker.overflow import Overflow, identify
 from imrelay.broker.topology import LIVE_TAG
 
 __all__ = ["LiveQueue"]
 
-#: Messages of other programs that are remembered as shown from the live queue, and those of relays as taken.
+#: Messages of relays that are remembered as taken from the live queue.
 _REMEMBERED = 256
 
 
 class LiveQueue:
     """The live queue of one consumer on one channel, and the deliveries that are set aside because of it."""
 
-    __slots__ = ("_foreign", "_taken", "early", "held", "is_ending", "name", "overflow", "set_aside")
+    __slots__ = ("_taken", "early", "held", "is_ending", "name", "overflow", "set_aside")
 
     def __init__(self, *, is_alone: bool) -> None:
         """Begin; `is_alone`: the inbox had no consumer when this one came, so it may be the active one."""
@@ -34,8 +34,6 @@ class LiveQueue:
         self.overflow = Overflow()
         #: Bytes of what is set aside.
         self.set_aside = 0
-        #: Other programs' messages that it has brought last, and the delivery tags of these.
-        self._foreign: deque[tuple[Identity, int]] = deque(maxlen=_REMEMBERED)
         #: Messages of relays that the browser has taken from it last.
         self._taken: deque[str] = deque(maxlen=_REMEMBERED)
 
@@ -50,8 +48,6 @@ class LiveQueue:
 
     def take(self, delivery: Delivery) -> bool:
         """Take note of a delivery of the live queue; tell whether it was set aside."""
-        if not delivery.is_own:
-            self._foreign.append((identify(delivery), delivery.tag))
         if self.early is None:
             return False
         self.early.append(delivery)
@@ -84,19 +80,10 @@ class LiveQueue:
         self.set_aside -= sum(len(delivery.body) + 1 for delivery in settled)
         return settled
 
-    def merge(self, certain: int) -> list[Delivery]:
-        """Return what was set aside in its order; other programs' messages that came twice are marked as copies.
+    def merge(self) -> list[Delivery]:
+        """Return what was set aside in its order, with what the live queue has brought too.
 
-        Repeats of a relay's own messages are not: their ids tell them to the writer. Messages of other programs
-        have no ids to trust, so of the first `certain` deliveries of the inbox, which had come before the live
-        queue was seen empty for the last time, those are marked that the live queue brought once and the inbox
-        gives once. Where either has the same content twice, all are shown.
+        The writer knows repeats of relays by their ids. Those of other programs are not known: two
+        messages of the same content may be one that came twice, or two, of which none may be left out.
         """
-        held = self.held or []
-        if self._foreign:
-            shown, tags = Counter(identity for identity, _ in self._foreign), dict(self._foreign)
-            given = Counter(identify(one) for one in held if not one.is_own)
-            for one in held[:certain]:
-                if not one.is_own and shown[identify(one)] == given[identify(one)] == 1:
-                    one.copy_of = tags[identify(one)]
         return self.settle() + (self.held or [])

@@ -331,7 +331,6 @@ class Subscription:
         """
         look = spec.Queue.Declare(queue=live.name, passive=True)
         while True:
-            certain = len(live.held or ())
             if not channel.call(look)[0].message_count and not live.overflow:
                 break
             self._deliver(live.settle())  # else what is set aside would keep the rest from coming
@@ -340,9 +339,8 @@ class Subscription:
         channel.call(spec.Basic.Cancel(LIVE_TAG))  # the last consumer: the live queue goes with it
         if self._channel is not channel:
             return
-        kept = live.merge(certain)
         self._live = None
-        self._deliver(kept)
+        self._deliver(live.merge())
         self._end_overflow()
         if self._overflow and not self._mailbox.size:
             self._on_room()
