@@ -34,7 +34,7 @@ def stage(node: Node, broker: VirtualHost, tmp_path: Path) -> Iterator[Stage]:
 def test_every_promise_holds(stage: Stage) -> None:
     """Senders, relays, broker, sockets and time, in steps that hypothesis chooses."""
     machine = seed(_SEED)(type("StagedMachine", (Machine,), {"stage": stage}))
-    failure = run(machine, settings(SETTINGS, max_examples=100, stateful_step_count=25))
+    failure = run(machine, settings(SETTINGS, max_examples=50, stateful_step_count=25))
     told = f"seed {_SEED}: {stage.examples} examples, {stage.steps} steps"
     assert not failure, f"{failure}\n{told}"
     print(told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pika
 from pika.exceptions import AMQPError, NackError, UnroutableError
 
-from tests.harness import VirtualHost
+from tests.harness import TICK, VirtualHost
 
 __all__ = ["FOREIGN", "Outside"]
 
+#: Seconds that the administrator waits for a node that is coming back.
+_PATIENCE = 60.0
 #: Kind -> (body of message number {n}, properties) of another program's message; none has `app_id`.
 FOREIGN: dict[str, tuple[str | bytes, dict[str, Any]]] = {
     "own id": ('{"content":%d}', {"message_id": "foreign-%d"}),
@@ -85,9 +88,15 @@ class Outside:
 
     def _look(self, user: str, expression: str, otherwise: str) -> Any:
         queue = f"rabbit_misc:r(<<{json.dumps(self._vhost.name)}>>, queue, <<{json.dumps('inbox.' + user)}>>)"
-        return self._vhost.evaluate(
-            f"case rabbit_amqqueue:lookup({queue}) of {{ok, Q}} -> {expression}; _ -> {otherwise} end"
-        )
+        asked = f"case rabbit_amqqueue:lookup({queue}) of {{ok, Q}} -> {expression}; _ -> {otherwise} end"
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return self._vhost.evaluate(asked)
+            except RuntimeError:  # the node is just coming back
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(TICK)
 
     def _open(self) -> Any:
         if self._channel is None or not self._channel.is_open:
