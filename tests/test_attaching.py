@@ -204,6 +204,7 @@ def test_a_socket_that_closes_during_its_promotion_gives_back_what_it_has_not_ta
         eventually(lambda: live.held, PATIENCE, sleep=gevent.sleep)
         second.consumer.close()
         gate.let_pass()
+        assert second.consumer.wait_detached(PATIENCE)  # else the third would get what is new first
         third = Socket(pool, user)
         third.wait_attached()
         channel.basic_publish("direct_message", user, b"two", mandatory=True)

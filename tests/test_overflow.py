@@ -13,10 +13,11 @@ import pytest
 from imrelay.broker import subscription
 from imrelay.broker.connection import Connection
 from imrelay.broker.frames import Delivery
+from imrelay.broker.live import LiveQueue
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.overflow import Overflow
 from imrelay.broker.pool import ConsumerPool
-from imrelay.broker.topology import Topology
+from imrelay.broker.topology import LIVE_TAG, Topology
 from imrelay.config import InboxConfig
 from tests.brokers import amqp
 from tests.browser import Browser, wait_until_ready
@@ -137,6 +138,24 @@ def test_a_slow_tab_takes_nothing_from_another(pool: ConsumerPool, broker: Virtu
     other.consumer.close()
 
 
+def test_a_tab_without_room_is_promoted_all_the_same(pool: ConsumerPool, broker: VirtualHost, user: str) -> None:
+    """The active one goes while the other one's mailbox is full: the inbox begins there, and is emptied."""
+    active, other = Reader(pool, user), Reader(pool, user)
+    publish(broker.url, user, range(30))
+    active.wait_for_deliveries(30)
+    other.wait_for_deliveries(30)
+    active.consumer.close()
+    other.wait_for_deliveries(60)
+    assert other.mailbox.size + LARGE > BUDGET
+    reader = gevent.spawn(other.read, 60)
+    eventually(lambda: broker.queues()[f"inbox.{user}"]["messages"] == 0, PATIENCE, sleep=gevent.sleep)
+    publish(broker.url, user, range(30, 61), size=8)
+    reader.join()
+    eventually(lambda: broker.queues()[f"inbox.{user}"]["messages"] == 0, PATIENCE, sleep=gevent.sleep)
+    assert other.seen == list(range(61))
+    other.consumer.close()
+
+
 def test_what_was_thrown_away_meanwhile_is_not_awaited(
     pool: ConsumerPool, broker: VirtualHost, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,3 +216,18 @@ def test_what_is_under_way_goes_behind_what_is_awaited() -> None:
     assert overflow.send_back(0) == [5], "one may be larger than the room"
     assert overflow.admit(delivery(9, b"d"))
     assert not overflow
+
+
+def test_what_was_taken_from_the_live_queue_is_known_though_there_was_no_room_for_it_again() -> None:
+    """The inbox's copy of it, whose body was dropped, is acknowledged when the socket ends; no other is."""
+    live = LiveQueue(is_alone=False)
+    own = delivery(1, b"own", mid="mid of a relay", is_own=True)
+    own.consumer_tag = LIVE_TAG
+    live.note_taken([own])
+    assert live.begin_to_hold()
+    assert not live.begin_to_hold()
+    overflow = Overflow()
+    overflow.refuse(delivery(2, b"foreign"))
+    overflow.refuse(delivery(3, b"own", mid="mid of a relay", is_own=True))
+    live.hold(delivery(4, b"own", mid="mid of a relay", is_own=True))
+    assert live.tags_of_taken(overflow) == [4, 3]

@@ -37,14 +37,17 @@ class LiveQueue:
         #: Messages of relays that the browser has taken from it last.
         self._taken: deque[str] = deque(maxlen=_REMEMBERED)
 
-    def hold(self, delivery: Delivery) -> bool:
-        """Set aside a delivery of the inbox; tell whether it is the first."""
+    def begin_to_hold(self) -> bool:
+        """Note that the inbox gives something; tell whether it is the first time."""
+        is_first = self.held is None
+        self.held = self.held or []
+        return is_first
+
+    def hold(self, delivery: Delivery) -> None:
+        """Set aside a delivery of the inbox, which has begun to give."""
+        assert self.held is not None
         self.set_aside += len(delivery.body) + 1
-        if self.held is not None:
-            self.held.append(delivery)
-            return False
-        self.held = [delivery]
-        return True
+        self.held.append(delivery)
 
     def take(self, delivery: Delivery) -> bool:
         """Take note of a delivery of the live queue; tell whether it was set aside."""
@@ -60,9 +63,13 @@ class LiveQueue:
             if delivery.is_own and delivery.mid is not None and delivery.consumer_tag == LIVE_TAG:
                 self._taken.append(delivery.mid)
 
-    def taken_of_held(self) -> list[Delivery]:
-        """Return the deliveries of the inbox that the browser has taken from the live queue already."""
-        return [delivery for delivery in self.held or () if delivery.is_own and delivery.mid in self._taken]
+    def tags_of_taken(self, refused: Overflow) -> list[int]:
+        """Return the tags of the inbox's deliveries that the browser has taken from the live queue already.
+
+        `refused` are those for which there was no room.
+        """
+        held = [one.tag for one in self.held or () if one.is_own and one.mid in self._taken]
+        return held + refused.tags_of(self._taken)
 
     def settle(self) -> list[Delivery]:
         """Set aside no more of what comes from the live queue; return what was, and what the inbox gave before it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Collection
 from typing import NamedTuple
 
 from imrelay.broker.frames import Delivery
@@ -62,6 +63,10 @@ class Overflow:
     def awaited(self) -> int:
         """How many were sent back and have not come again."""
         return len(self._awaited)
+
+    def tags_of(self, identities: Collection[Identity]) -> list[int]:
+        """Return the delivery tags of those of these that were not sent back yet."""
+        return [refused.tag for refused in self._refused if refused.identity in identities]
 
     def refuse(self, delivery: Delivery) -> None:
         """Drop the body of a delivery, which comes after all that are here."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -27,8 +28,8 @@ __all__ = ["Subscription"]
 
 logger = logging.getLogger(__name__)
 
-#: Pause between two looks at a live queue that is still being emptied, in seconds.
-_PROMOTION_PAUSE = 0.02
+#: Pauses between looks at a live queue that is still being emptied, in seconds; the last one again and again.
+_PROMOTION_PAUSES = (0.02, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5)
 #: Longest time in which what waits in an inbox begins to come to its first consumer, in seconds; if it does not,
 #: somebody else gets it.
 _BEGINNING = 0.5
@@ -158,8 +159,9 @@ class Subscription:
 
         What the browser has taken from the live queue does not go back to the inbox.
         """
-        if self._live is not None and (repeats := self._live.taken_of_held()):
-            self.ack_each(repeats)
+        if self._live is not None and self._channel is not None:
+            for tag in self._live.tags_of_taken(self._overflow):
+                self._channel.ack(tag, multiple=False, at_once=False)
         self._channel = None
         self._live = None
         self._is_smooth = False
@@ -235,14 +237,17 @@ class Subscription:
             elif not live.take(delivery):
                 self._mailbox.deliver(delivery)
                 self._end_overflow()
-        elif self._sends_back and not self._has_place(self._overflow, delivery):
-            self._refuse(self._overflow, delivery)
-        elif live is None:
-            self._mailbox.deliver(delivery)
-            self._end_overflow()
-        elif live.hold(delivery):
-            self._ordered_from = math.inf
-            if self._is_begun:  # else `begin` still uses the channel
+        else:
+            is_first = live is not None and live.begin_to_hold()
+            if self._sends_back and not self._has_place(self._overflow, delivery):
+                self._refuse(self._overflow, delivery)
+            elif live is not None:
+                live.hold(delivery)
+            else:
+                self._mailbox.deliver(delivery)
+                self._end_overflow()
+            if live is not None and is_first:  # be there room for it or not
+                self._ordered_from = math.inf
                 self._promote(channel, live)
 
     def _has_place(self, overflow: Overflow, delivery: Delivery) -> bool:
@@ -307,8 +312,9 @@ class Subscription:
             self._mailbox.deliver(delivery)
 
     def _promote(self, channel: Channel, live: LiveQueue) -> None:
-        """Begin to change over; not while `attach` still uses the channel."""
-        gevent.spawn(self._run_promotion, channel, live).name = f"promotion:{self._user}"
+        """Begin to change over; not while `begin` still uses the channel, which does it then."""
+        if self._is_begun:
+            gevent.spawn(self._run_promotion, channel, live).name = f"promotion:{self._user}"
 
     def _run_promotion(self, channel: Channel, live: LiveQueue) -> None:
         try:
@@ -330,11 +336,11 @@ class Subscription:
         live queue still holds: so that is emptied first, and the inbox's deliveries are held meanwhile.
         """
         look = spec.Queue.Declare(queue=live.name, passive=True)
-        while True:
+        for pause in itertools.chain(_PROMOTION_PAUSES, itertools.repeat(_PROMOTION_PAUSES[-1])):
             if not channel.call(look)[0].message_count and not live.overflow:
                 break
             self._deliver(live.settle())  # else what is set aside would keep the rest from coming
-            gevent.sleep(_PROMOTION_PAUSE)
+            gevent.sleep(pause)
         live.is_ending = True
         channel.call(spec.Basic.Cancel(LIVE_TAG))  # the last consumer: the live queue goes with it
         if self._channel is not channel:
