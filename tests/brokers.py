@@ -9,9 +9,10 @@ import secrets
 import signal
 import socket
 import subprocess
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "memory_alarm",
     "node_pid",
     "open_files",
+    "publish_first",
     "readiness",
     "resident_kib",
     "start_application",
@@ -46,6 +48,23 @@ def amqp(url: str) -> Iterator[pika.adapters.blocking_connection.BlockingChannel
         channel = connection.channel()
         channel.confirm_delivery()
         yield channel
+
+
+def publish_first(url: str, user: str, body: bytes, *, sleep: Callable[[float], object] = time.sleep) -> None:
+    """Publish the first message to a user as another program, over fresh channels until it is taken.
+
+    A quorum queue whose leader is just being elected refuses, and RabbitMQ goes on to refuse on that channel.
+    """
+
+    def is_taken() -> bool:
+        with amqp(url) as channel:
+            try:
+                channel.basic_publish("direct_message", user, body, mandatory=True)
+            except pika.exceptions.NackError:
+                return False
+        return True
+
+    eventually(is_taken, 20, sleep=sleep)
 
 
 def readiness(relay: RelayProcess) -> tuple[int, str]:

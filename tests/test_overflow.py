@@ -19,7 +19,7 @@ from imrelay.broker.overflow import Overflow
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import LIVE_TAG, Topology
 from imrelay.config import InboxConfig
-from tests.brokers import amqp
+from tests.brokers import amqp, publish_first
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import VirtualHost, eventually
@@ -87,9 +87,11 @@ class Reader:
 
 def publish(url: str, user: str, numbers: range, size: int = LARGE) -> None:
     """Publish messages as another program, each with its number at its beginning."""
+    first, *others = ((b"%08d" % number).ljust(size) for number in numbers)
+    publish_first(url, user, first, sleep=gevent.sleep)
     with amqp(url) as channel:
-        for number in numbers:
-            channel.basic_publish("direct_message", user, (b"%08d" % number).ljust(size), mandatory=True)
+        for body in others:
+            channel.basic_publish("direct_message", user, body, mandatory=True)
 
 
 def test_what_waits_for_a_socket_that_does_not_read_is_bounded(

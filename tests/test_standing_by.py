@@ -13,7 +13,7 @@ from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.config import InboxConfig
-from tests.brokers import amqp
+from tests.brokers import amqp, publish_first
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import VirtualHost, eventually
@@ -99,7 +99,10 @@ def test_two_tabs_that_come_at_the_same_moment_both_hear(
             for tab in tabs:
                 assert tab.consumer.wait_attached(PATIENCE)
             for body in (b"one", b"two"):
-                channel.basic_publish("direct_message", user, body, mandatory=True)
+                if body == b"one":
+                    publish_first(broker.url, user, body, sleep=gevent.sleep)
+                else:
+                    channel.basic_publish("direct_message", user, body, mandatory=True)
                 eventually(lambda: all(body in tab.bodies for tab in tabs), PATIENCE, sleep=gevent.sleep)  # noqa: B023
             assert [tab.bodies for tab in tabs] == [[b"one", b"two"]] * 2
             # the one that became active goes; the other one is promoted, and hears what comes then
@@ -143,8 +146,9 @@ def test_who_comes_back_gets_what_waits_before_what_is_new(
     tab = Tab(relays[0], user)
     assert tab.consumer.wait_attached(PATIENCE)
     tab.close()
+    publish_first(broker.url, user, b"0", sleep=gevent.sleep)
     with amqp(broker.url) as channel:
-        for number in range(30):
+        for number in range(1, 30):
             channel.basic_publish("direct_message", user, b"%d" % number, mandatory=True)
         tab = Tab(relays[1], user)
         for number in range(30, 60):
