@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gevent
 import pika
@@ -10,8 +12,10 @@ import pytest
 
 from imrelay.broker import inbox_check
 from imrelay.broker.channel import Channel
+from imrelay.broker.detour import Detour
 from imrelay.broker.inbox_check import InboxCheck
-from imrelay.errors import RecipientUnknown
+from imrelay.config import InboxConfig
+from imrelay.errors import BrokerUnavailable, RecipientUnknown
 from tests.brokers import amqp
 from tests.browser import Browser
 from tests.conftest import RelayFactory
@@ -24,6 +28,18 @@ def clean(broker: VirtualHost) -> None:
     """Each test begins with an empty virtual host."""
     broker.delete()
     broker.create()
+
+
+@contextmanager
+def suspended_queue(broker: VirtualHost, name: str) -> Iterator[None]:
+    """Suspend the process of a queue: it takes what is published to it and confirms nothing."""
+    lookup = f"{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r({broker._vhost}, queue, <<{json.dumps(name)}>>)), "
+    find = lookup + "P = amqqueue:get_pid(Q), Pid = case P of {Name, _} -> whereis(Name); _ -> P end, "
+    broker.evaluate(find + "sys:suspend(Pid), ok")
+    try:
+        yield
+    finally:
+        broker.evaluate(find + "sys:resume(Pid), ok")
 
 
 @pytest.fixture(params=["audit", "exclusive"])
@@ -238,13 +254,12 @@ def test_a_message_that_comes_back_again_and_again_is_no_tight_loop(
         ask(self, detour)  # type: ignore[arg-type]
 
     monkeypatch.setattr(InboxCheck, "ask", count)
-    monkeypatch.setattr(
-        InboxCheck,
-        "_check_batch",
-        lambda self, channel, batch: self._on_checked(
-            batch[0], self._way(self._clock(), inbox_check.AS_IT_STANDS[0], None)
-        ),
-    )
+
+    def find(self: InboxCheck, detour: Detour) -> None:
+        self._on_checked(detour, self._way(self._clock(), inbox_check.AS_IT_STANDS[0], None))
+
+    monkeypatch.setattr(InboxCheck, "_check_batch", lambda self, channel, batch: find(self, batch[0]))
+    monkeypatch.setattr(InboxCheck, "_check_one", find)
     with running_publisher(broker.url, timeout=1.5) as sender:
         sender.send("ben", "m1")
         error = sender.wait()["m1"]
@@ -277,3 +292,53 @@ def test_one_inbox_that_does_not_answer_holds_up_nobody_else(
         error = sender.wait(40)["m20"]
         assert error is not None
         assert error.code == "broker_unavailable"
+
+
+def test_an_inbox_that_did_not_answer_is_asked_for_alone(
+    broker: VirtualHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for again beside others, it does not hold up these; nor do more such than are asked at a time."""
+    monkeypatch.setattr(inbox_check, "_BATCH_TIMEOUT", 0.1)
+    call = Channel.call
+    is_stuck = True
+
+    def hang(self: Channel, *methods: object) -> object:
+        while is_stuck and any(str(getattr(method, "queue", "")).startswith("inbox.stuck") for method in methods):
+            gevent.sleep(0.02)
+        return call(self, *methods)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Channel, "call", hang)
+    with running_publisher(broker.url) as sender:
+        for number in range(20):
+            sender.send(f"stuck {number}", f"s{number}")
+        detours = sender.publisher._detours.by_user
+        failed = lambda: sum(detour.failures > 0 for detour in detours.values())  # noqa: E731
+        eventually(lambda: failed() == 20, PATIENCE, sleep=gevent.sleep)
+        monkeypatch.setattr(inbox_check, "_BATCH_TIMEOUT", 3 * PATIENCE)
+        for detour in list(detours.values()):
+            sender.publisher._check.ask(detour)
+        for number in range(10):
+            sender.send(f"user {number}", f"m{number}")
+        assert sender.wait(10) == {f"m{number}": None for number in range(10)}
+        is_stuck = False
+        assert set(sender.wait(30).values()) == {None}
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_an_inbox_that_confirms_nothing_holds_up_nobody_else(broker: VirtualHost, queue_type: str) -> None:
+    """As many messages to it as may be under way are answered as uncertain, and then all others go out again."""
+    inbox = InboxConfig(queue_type=queue_type)
+    with running_publisher(broker.url, inbox=inbox, queue_size=20, timeout=1) as sender:
+        for user in ("stuck", "well"):
+            sender.send(user, f"first {user}")
+        assert set(sender.wait().values()) == {None}
+        with suspended_queue(broker, "inbox.stuck"):
+            for number in range(20):
+                sender.send("stuck", f"s{number}")
+            answers = sender.wait(22)
+            errors = [answers[f"s{number}"] for number in range(20)]
+            assert all(isinstance(error, BrokerUnavailable) and error.uncertain for error in errors)
+            eventually(lambda: sender.publisher.is_ready, PATIENCE, sleep=gevent.sleep)
+            for number in range(5):
+                sender.send("well", f"w{number}")
+            assert set(list(sender.wait(27).values())[-5:]) == {None}

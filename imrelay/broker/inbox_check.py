@@ -30,12 +30,13 @@ logger = logging.getLogger(__name__)
 #: Users of one round trip.
 _BATCH = 64
 #: Seconds for the answer to a batch; then it is divided, so that one queue without a leader holds up nobody else.
+#: Also for one user alone, who is asked for again later.
 _BATCH_TIMEOUT = 5.0
 #: Into how many parts a batch is divided that the broker refuses, or does not answer, for one of its users.
 _PARTS = 8
 #: Users of one part where inboxes are replicated: they take longer, on several nodes at the same time.
 _REPLICATED_PART = 8
-#: Channels on which such parts are checked at the same time.
+#: Channels on which such parts are checked at the same time, and users who could not be checked before.
 _PARALLEL = 16
 #: What is known is out of date after so many seconds, and after half of the inbox's expiry.
 _KNOWN_FOR = 60.0
@@ -73,6 +74,7 @@ class InboxCheck:
         #: Stays open for all batches, until the broker refuses one.
         self._channel: Channel | None = None
         self._parallel = Semaphore(_PARALLEL)
+        self._parallel_again = Semaphore(_PARALLEL)
         #: Users of one request: fewer after a refusal, which costs a channel, where most of them may be unknown.
         self._size = _REPLICATED_PART if topology.is_replicated else _BATCH
         self._largest = self._size
@@ -100,7 +102,11 @@ class InboxCheck:
             if not self._queue:
                 self._bell.wait()
                 continue
-            batch = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
+            asked = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
+            self._spawn_parts([one for one in asked if one.failures], 1)  # lest they hold up the others
+            batch = [one for one in asked if not one.failures]
+            if not batch:
+                continue
             if self._topology.is_replicated or self._size == 1 or self._size < len(batch):
                 self._spawn_parts(batch, self._size)
                 continue
@@ -147,9 +153,10 @@ class InboxCheck:
 
     def _run_part(self, part: Sequence[Detour]) -> None:
         try:
-            with self._parallel:
+            with self._parallel_again if part[0].failures else self._parallel:
                 if len(part) == 1:
-                    self._check_one(part[0])
+                    with gevent.Timeout(_BATCH_TIMEOUT):
+                        self._check_one(part[0])
                     return
                 channel = Channel(self._connection)
                 try:

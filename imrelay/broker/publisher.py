@@ -356,4 +356,16 @@ class Publisher:
                 self._queue = deque(publication for publication in self._queue if not publication.done)
                 self._detours.prune()
                 self._refusals.prune()
+                self._forget_overdue()
                 self._bell.ring()
+
+    def _forget_overdue(self) -> None:
+        """Go on over another channel where half of what may be under way was not confirmed in time.
+
+        A queue that confirms nothing, while its leader hangs or is gone, must not keep all other users' messages
+        from being handed over. A broker that answers nobody opens no other channel either, and is given no more.
+        """
+        overdue = self._under_way.count_answered()
+        if self._channel is not None and 2 * overdue >= self._max_under_way:
+            logger.warning("%d messages were not confirmed in time: going on over another channel", overdue)
+            self._leave()

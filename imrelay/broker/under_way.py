@@ -61,6 +61,10 @@ class UnderWay:
                 return publication
         return None
 
+    def count_answered(self) -> int:
+        """Return how many of them were answered: the broker has not confirmed them in time, or never will."""
+        return sum(publication.done for publication in self.by_tag.values())
+
     def count(self, user: str) -> int:
         """Return how many messages to a user are under way."""
         return sum(publication.user == user for publication in self.by_tag.values())
