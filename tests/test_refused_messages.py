@@ -183,6 +183,7 @@ def test_a_limit_is_forgotten_with_its_connection(broker: VirtualHost) -> None:
         with pytest.raises(TooLarge):
             sender.send("fay", "again", b"x" * (LIMIT + 1))
         broker.evaluate("application:set_env(rabbit, max_message_size, 1000000)")
+        broker.evaluate("persistent_term:put(max_message_size, 1000000)")
         broker.close_connections()
         sender.send("fay", "small", b"small")
         assert sender.wait()["small"] is None

@@ -94,7 +94,7 @@ class Ledger:
             logger.exception("the sender of message %s could not be answered", publication.mid)
         publication.body = publication.sent = b""
         self._give_back(size)
-        if self._empty is not None and not self._pending:
+        if self._empty is not None and not self._taken:
             self._empty.set()
 
     def expire(self) -> bool:
@@ -111,9 +111,11 @@ class Ledger:
 
     def wait_empty(self, timeout: float) -> int:
         """Block until every message has been answered, or for `timeout` seconds; return how many were not."""
-        if self._pending:
+        deadline = time.monotonic() + timeout
+        while self._taken:  # also by one that has waited for room and is just being added
             self._empty = Event()
-            self._empty.wait(timeout)
+            if not self._empty.wait(max(0.0, deadline - time.monotonic())):
+                break
         return len(self._pending)
 
     def close(self) -> None:
