@@ -201,7 +201,7 @@ def test_a_socket_that_closes_during_its_promotion_gives_back_what_it_has_not_ta
         first.consumer.close()
         live = second.consumer._subscription._live
         assert live is not None
-        eventually(lambda: live.held, PATIENCE, sleep=gevent.sleep)
+        eventually(lambda: live.held is not None, PATIENCE, sleep=gevent.sleep)
         second.consumer.close()
         gate.let_pass()
         assert second.consumer.wait_detached(PATIENCE)  # else the third would get what is new first

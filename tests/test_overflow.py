@@ -8,6 +8,7 @@ import socket as sockets
 from collections.abc import Iterator
 
 import gevent
+import pika
 import pytest
 
 from imrelay.broker import subscription
@@ -158,6 +159,33 @@ def test_a_tab_without_room_is_promoted_all_the_same(pool: ConsumerPool, broker:
     other.consumer.close()
 
 
+def test_what_a_slow_socket_has_taken_is_not_given_to_the_next_one(
+    pool: ConsumerPool, broker: VirtualHost, user: str
+) -> None:
+    """Also where it came from a live queue that was never emptied, so that nothing changed over to the inbox."""
+    active, slow = Reader(pool, user), Reader(pool, user)
+    publish_first(broker.url, user, b"%08d" % 0, sleep=gevent.sleep)
+    for reader in (active, slow):
+        reader.read(0)
+    with amqp(broker.url) as channel:
+        for number in range(1, 60):
+            own = pika.BasicProperties(app_id="imrelay", message_id=f"{number:026}")
+            body = (b"%08d" % number).ljust(LARGE)
+            channel.basic_publish("direct_message", user, body, own, mandatory=True)
+    slow.wait_for_deliveries(60)
+    active.consumer.close()
+    slow.read(20)
+    left = 60 - len(slow.seen)
+    assert left > 20
+    eventually(lambda: broker.queues()[f"inbox.{user}"]["messages"] == left, PATIENCE, sleep=gevent.sleep)
+    slow.consumer.close()
+    assert slow.consumer.wait_detached(PATIENCE)
+    other = Reader(pool, user)
+    other.read(59)
+    assert slow.seen + other.seen == list(range(60))
+    other.consumer.close()
+
+
 def test_what_was_thrown_away_meanwhile_is_not_awaited(
     pool: ConsumerPool, broker: VirtualHost, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,4 +260,7 @@ def test_what_was_taken_from_the_live_queue_is_known_though_there_was_no_room_fo
     overflow.refuse(delivery(2, b"foreign"))
     overflow.refuse(delivery(3, b"own", mid="mid of a relay", is_own=True))
     live.hold(delivery(4, b"own", mid="mid of a relay", is_own=True))
-    assert live.tags_of_taken(overflow) == [4, 3]
+    assert live.pop_taken(overflow) == [4, 3]
+    assert live.pop_taken(overflow) == []
+    assert (live.set_aside, live.held) == (0, [])
+    assert overflow.send_back(100) == [2]

@@ -63,13 +63,19 @@ class LiveQueue:
             if delivery.is_own and delivery.mid is not None and delivery.consumer_tag == LIVE_TAG:
                 self._taken.append(delivery.mid)
 
-    def tags_of_taken(self, refused: Overflow) -> list[int]:
-        """Return the tags of the inbox's deliveries that the browser has taken from the live queue already.
+    def pop_taken(self, refused: Overflow) -> list[int]:
+        """Set aside no more of the inbox's deliveries what the browser has taken from the live queue already.
 
-        `refused` are those for which there was no room.
+        Returns their delivery tags, with those of `refused`, for which there was no room.
         """
-        held = [one.tag for one in self.held or () if one.is_own and one.mid in self._taken]
-        return held + refused.tags_of(self._taken)
+        known = self._taken
+        if not (self.held and known):
+            return refused.pop(known)
+        taken = [one for one in self.held if one.is_own and one.mid in known]
+        if taken:
+            self.held = [one for one in self.held if not (one.is_own and one.mid in known)]
+            self.set_aside -= sum(len(one.body) + 1 for one in taken)
+        return [one.tag for one in taken] + refused.pop(known)
 
     def settle(self) -> list[Delivery]:
         """Set aside no more of what comes from the live queue; return what was, and what the inbox gave before it.

@@ -64,9 +64,12 @@ class Overflow:
         """How many were sent back and have not come again."""
         return len(self._awaited)
 
-    def tags_of(self, identities: Collection[Identity]) -> list[int]:
-        """Return the delivery tags of those of these that were not sent back yet."""
-        return [refused.tag for refused in self._refused if refused.identity in identities]
+    def pop(self, identities: Collection[Identity]) -> list[int]:
+        """Forget those of these that were not sent back yet, and return their delivery tags."""
+        tags = [refused.tag for refused in self._refused if refused.identity in identities]
+        if tags:
+            self._refused = deque(refused for refused in self._refused if refused.identity not in identities)
+        return tags
 
     def refuse(self, delivery: Delivery) -> None:
         """Drop the body of a delivery, which comes after all that are here."""

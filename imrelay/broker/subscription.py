@@ -159,9 +159,7 @@ class Subscription:
 
         What the browser has taken from the live queue does not go back to the inbox.
         """
-        if self._live is not None and self._channel is not None:
-            for tag in self._live.tags_of_taken(self._overflow):
-                self._channel.ack(tag, multiple=False, at_once=False)
+        self._ack_copies()
         self._channel = None
         self._live = None
         self._is_smooth = False
@@ -177,10 +175,9 @@ class Subscription:
         channel, last = self._channel, taken[-1]
         if channel is None or last.channel is not channel:
             return
-        if self._live is not None:
-            self._live.note_taken(taken)
         first = taken[0] if taken[0].channel is channel else next(one for one in taken if one.channel is channel)
         if first.tag >= self._ordered_from:
+            self._note_taken(taken)
             channel.ack(last.tag, multiple=True, at_once=self._is_urgent(len(taken)))
         else:
             self.ack_each(taken)
@@ -190,12 +187,23 @@ class Subscription:
         channel = self._channel
         if channel is None:
             return
-        if self._live is not None:
-            self._live.note_taken(taken)
+        self._note_taken(taken)
         at_once = self._is_urgent(len(taken))
         for delivery in taken:
             if delivery.channel is channel:
                 channel.ack(delivery.tag, multiple=False, at_once=at_once)
+
+    def _note_taken(self, taken: Sequence[Delivery]) -> None:
+        if self._live is not None:
+            self._live.note_taken(taken)
+            if self._live.held is not None:
+                self._ack_copies()
+
+    def _ack_copies(self) -> None:
+        """Acknowledge to the inbox what the browser has taken from the live queue; it gives what follows."""
+        if self._live is not None and self._channel is not None:
+            for tag in self._live.pop_taken(self._overflow):
+                self._channel.ack(tag, multiple=False, at_once=False)
 
     def discard(self, delivery: Delivery) -> None:
         """Reject a delivery without having it again (`basic.reject`)."""
@@ -243,6 +251,7 @@ class Subscription:
                 self._refuse(self._overflow, delivery)
             elif live is not None:
                 live.hold(delivery)
+                self._ack_copies()
             else:
                 self._mailbox.deliver(delivery)
                 self._end_overflow()
