@@ -61,8 +61,6 @@ class Reader:
         self.mailbox = Mailbox(budget)
         #: A socket at a quorum inbox begins with a live queue; each queue has a budget while it changes over.
         self.parts = 2 if pool._topology.is_replicated else 1
-        #: Deliveries of the inbox that come without an acknowledgement.
-        self.window = max(1, budget // 65_536) if pool._topology.is_replicated else 100
         self.consumer = pool.consume(user, self.mailbox)
         assert self.consumer.wait_attached(PATIENCE)
         self.seen: list[int] = []
@@ -70,9 +68,8 @@ class Reader:
         self.most = 0
 
     def wait_for_deliveries(self, count: int) -> None:
-        """Block until so many deliveries have come, kept or not, or as many as come at once."""
-        wanted = min(count, self.window)
-        eventually(lambda: self.consumer._subscription._newest >= wanted, PATIENCE, sleep=gevent.sleep)
+        """Block until so many deliveries have come, kept or not."""
+        eventually(lambda: self.consumer._subscription._newest >= count, PATIENCE, sleep=gevent.sleep)
 
     def read(self, until: int) -> None:
         """Take and acknowledge until that number has come."""

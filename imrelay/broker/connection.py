@@ -12,7 +12,6 @@ from __future__ import annotations
 import enum
 import logging
 import random
-import re
 import ssl
 from collections.abc import Callable, Sequence
 
@@ -26,7 +25,7 @@ from imrelay.errors import ChannelLost, SetupError
 from imrelay.forever import run_for_ever
 from imrelay.settings import hide_password
 
-__all__ = ["Connection", "State", "describe", "parse_version"]
+__all__ = ["Connection", "State", "describe"]
 
 logger = logging.getLogger(__name__)
 
@@ -139,13 +138,6 @@ class Connection:
         """Channels that the broker allows on this connection; what pika asks for while there is none."""
         wire = self._wire
         return int(wire.params.channel_max) if wire is not None and wire.is_open else pika.channel.MAX_CHANNELS
-
-    @property
-    def broker_version(self) -> tuple[int, ...]:
-        """The broker's version as `connection.start` gives it, such as (4, 0, 5); empty where it is unknown."""
-        wire = self._wire
-        properties = wire.server_properties if wire is not None else None
-        return parse_version((properties or {}).get("version"))
 
     def wait_open(self, timeout: float | None = None) -> bool:
         """Block until it is open, or for `timeout` seconds; tell whether it is."""
@@ -297,16 +289,6 @@ class Connection:
 
     def _on_unblocked(self, wire: Wire, frame: pika.frame.Method) -> None:
         self._set_state(State.OPEN)
-
-
-def parse_version(text: object) -> tuple[int, ...]:
-    """Return the numbers that a version begins with; empty where it begins with none."""
-    if isinstance(text, bytes):
-        text = text.decode("ascii", "replace")
-    if not isinstance(text, str):
-        return ()
-    found = re.match(r"[0-9]{1,9}(?:\.[0-9]{1,9})*", text)
-    return tuple(int(number) for number in found[0].split(".")) if found else ()
 
 
 def _pause(tries: int) -> float:

@@ -111,7 +111,7 @@ class Consumer:
     def rebind(self, topology: Topology) -> None:
         """Bind the user's exchange and inbox again, where an operator has deleted what held them."""
         if self._channel is not None and self.is_attached:
-            for method in topology.declare_user(self.user, AS_IT_STANDS[1], ()):
+            for method in topology.declare_user(self.user, AS_IT_STANDS[1]):
                 self._channel.send(method)
 
     def rebind_live(self, topology: Topology) -> None:
@@ -156,8 +156,9 @@ class Consumer:
                     channel,
                     topology,
                     prefetch,
-                    topology.declare_user(self.user, keep, connection.broker_version),
+                    topology.declare_user(self.user, keep),
                     is_counted=topology.counts_who_stands_by(keep),
+                    sends_back=topology.takes_back_in_order(keep),
                 )
                 break
             except ChannelLost as exc:

@@ -128,9 +128,7 @@ class InboxCheck:
         keeps = [AS_IT_STANDS[0] if one.way is None else one.way.keep for one in batch]
         users = zip((one.user for one in batch), keeps, strict=True)
         with gevent.Timeout(_BATCH_TIMEOUT):
-            channel.call(
-                *methods_for(self._topology, users, self._connection.broker_version, create=self._create)
-            )
+            channel.call(*methods_for(self._topology, users, create=self._create))
         self._size = min(self._size * 2, self._largest)
         for one, keep in zip(batch, keeps, strict=True):
             self._on_checked(one, self._way(asked_at, keep, None if one.way is None else one.way.expires))

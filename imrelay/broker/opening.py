@@ -25,18 +25,18 @@ _UNREADABLE_EXPIRY = 2.0
 
 
 def methods_for(
-    topology: Topology, users: Iterable[tuple[str, Keep]], broker: tuple[int, ...], *, create: bool
+    topology: Topology, users: Iterable[tuple[str, Keep]], *, create: bool
 ) -> list[Method]:
     """Return what makes sure of inboxes in one round trip; each is answered by one `queue.declare-ok`, or two.
 
-    `broker` is the version of the broker. They open an inbox that is not there, or without `create` have it
+    They open an inbox that is not there, or without `create` have it
     refuse with 404; and bind it again.
     """
     methods: list[Method] = []
     for user, keep in users:
         if not create:
             methods.append(topology.ask_inbox(user))
-        methods += [*topology.declare_user(user, keep, broker), topology.ask_inbox(user)]
+        methods += [*topology.declare_user(user, keep), topology.ask_inbox(user)]
     return methods
 
 
@@ -65,7 +65,7 @@ def open_inbox(connection: Connection, topology: Topology, user: str) -> tuple[K
     for keep in AS_IT_STANDS:
         channel = Channel(connection)
         try:
-            channel.call(*topology.declare_user(user, keep, connection.broker_version), topology.ask_inbox(user))
+            channel.call(*topology.declare_user(user, keep), topology.ask_inbox(user))
             return keep, expires
         except ChannelLost as exc:
             if exc.reply_code != _PRECONDITION_FAILED or keep is AS_IT_STANDS[-1]:

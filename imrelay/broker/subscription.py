@@ -102,17 +102,24 @@ class Subscription:
         return live.name if live is not None and live.held is None and live.name else None
 
     def begin(
-        self, channel: Channel, topology: Topology, prefetch: int, declarations: list[Method], *, is_counted: bool
+        self,
+        channel: Channel,
+        topology: Topology,
+        prefetch: int,
+        declarations: list[Method],
+        *,
+        is_counted: bool,
+        sends_back: bool,
     ) -> None:
         """Consume from the inbox, and from a live queue unless this is known to be the active consumer.
 
-        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by, so it is a classic queue.
-        A quorum queue puts what is sent back behind other messages, so no more is asked of it than there is room
-        for. Raises `ChannelLost`.
+        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by. `sends_back`: what is
+        sent back keeps its place in the inbox; of another one no more is asked than there is room for. Raises
+        `ChannelLost`.
         """
         self._channel = channel
-        self._sends_back = is_counted
-        if not is_counted:
+        self._sends_back = sends_back
+        if not sends_back:
             prefetch = max(1, min(prefetch, self._mailbox.budget // _USUAL_MOST))
         self._hurry_from = prefetch // 2
         self._first = None if is_counted else Event()

@@ -37,9 +37,10 @@ class Keep:
     exchange: bool = False
 
 
-#: From this version of RabbitMQ on, a quorum queue drops a message that came back 20 times unless it is told that
-#: there is no limit (-1). Before, there is none unless one is given, and -1 drops a message that comes back once.
-_LIMITS_RETURNS = (4,)
+#: How often a message may come back to a quorum queue: as good as without end. Some limit has to be given. Without
+#: the argument RabbitMQ 4 drops a message that came back 20 times; and where there is no limit (-1 on RabbitMQ 4,
+#: nothing before), what a consumer sends back goes behind all others instead of keeping its place (3.10.8, 4.0.5).
+_RETURNS = 1_000_000_000
 
 #: What is tried in turn: after settings were changed, the broker refuses declarations of before with 406.
 AS_IT_STANDS = (Keep(), Keep(inbox=True), Keep(exchange=True), Keep(inbox=True, exchange=True))
@@ -61,6 +62,7 @@ class Topology:
             "x-dead-letter-exchange": _DEAD_LETTERS,
         }
         for argument, value in (
+            ("x-delivery-limit", _RETURNS if self.is_replicated else 0),
             ("x-expires", int(inbox.expires * 1000)),
             ("x-message-ttl", int(inbox.ttl * 1000)),
             ("x-max-length", inbox.max_length),
@@ -90,17 +92,17 @@ class Topology:
         """
         return not (self.is_replicated or keep.inbox)
 
-    def declare_user(self, user: str, keep: Keep, broker: tuple[int, ...]) -> list[Method]:
-        """The methods that open a user's inbox, or find it open; none of them is answered.
+    @staticmethod
+    def takes_back_in_order(keep: Keep) -> bool:
+        """Whether what is sent back keeps its place: not certain of an inbox that is taken as it stands."""
+        return not keep.inbox
 
-        `broker` is the version of RabbitMQ; empty where it is unknown.
+    def declare_user(self, user: str, keep: Keep) -> list[Method]:
+        """The methods that open a user's inbox, or find it open; none of them is answered.
 
         The inbox is bound before its exchange is: a message that finds no queue at the end of the way is returned.
         """
         exchange, inbox = self.user_exchange(user), self.inbox(user)
-        arguments = {} if keep.inbox else self._inbox_arguments
-        if self.is_replicated and not keep.inbox and broker >= _LIMITS_RETURNS:
-            arguments = arguments | {"x-delivery-limit": -1}
         return [
             spec.Exchange.Declare(exchange=self.exchange, type="direct", durable=True, nowait=True),
             spec.Exchange.Declare(
@@ -116,7 +118,7 @@ class Topology:
                 durable=True,
                 passive=keep.inbox,
                 nowait=True,
-                arguments=arguments,
+                arguments={} if keep.inbox else self._inbox_arguments,
             ),
             spec.Queue.Bind(queue=inbox, exchange=exchange, routing_key=_EVERY_MESSAGE, nowait=True),
             spec.Exchange.Bind(destination=exchange, source=self.exchange, routing_key=user, nowait=True),
