@@ -28,12 +28,17 @@ class Play:
         return self.history.open(user, relay, v1=v1)
 
     def say(
-        self, to: str = "ann", *, sender: Session | None = None, answer: dict[str, Any] | None = None
+        self,
+        to: str = "ann",
+        *,
+        sender: Session | None = None,
+        answer: dict[str, Any] | None = None,
+        size: int = 0,
     ) -> Message:
-        """Send a message, which is acked or gets the answer."""
+        """Send a message, which is acked or gets the answer; it is padded to `size` bytes."""
         sender = self.bob if sender is None else sender
         number = len(self.history.messages)
-        message = self.history.send(sender, to, b'{"content":%d}' % number, id=number)
+        message = self.history.send(sender, to, (b'{"content":%d}' % number).ljust(size), id=number)
         self.history.answer(sender, self.ack(number) if answer is None else {"error": answer | {"id": number}})
         return message
 
@@ -97,6 +102,34 @@ def test_a_plain_socket_that_was_cut_may_take_what_the_kernel_held(play: Play) -
     ann.room = 100
     play.say()
     assert "message 2 (bob/1 to ann) was accepted and came to nobody" in play.complaints
+
+
+def test_what_may_be_of_a_write_that_is_not_whole_may_come_again(play: Play) -> None:
+    """The relay acknowledges a write as a whole: one of its messages was never seen by the plain socket."""
+    ann = play.open("ann", v1=False)
+    message = play.say()
+    play.say()
+    play.see(ann, message)
+    play.history.end(ann, lossy=False)
+    play.history.gone("ann")
+    play.see(play.open("ann", v1=False), message)
+
+
+def test_what_was_written_as_a_whole_does_not_come_again(play: Play) -> None:
+    """Nothing else was under way to the plain socket, or more came behind it than fits into one write."""
+    ann = play.open("ann", v1=False)
+    first = play.say()
+    play.see(ann, first, *(play.say(size=40_000) for _ in range(2)))
+    play.say()
+    play.history.end(ann, lossy=False)
+    cid = play.open("cid", v1=False)
+    alone = play.say(to="cid")
+    play.see(cid, alone)
+    play.history.end(cid, lossy=False)
+    with pytest.raises(Violation, match=r"message 1 .* had been taken before ann/2 came"):
+        play.see(play.open("ann", v1=False), first)
+    with pytest.raises(Violation, match="had been taken before cid/2 came"):
+        play.see(play.open("cid", v1=False), alone)
 
 
 def test_an_attached_socket_must_see_each_message(play: Play) -> None:

@@ -16,6 +16,8 @@ __all__ = ["Answer", "Arrival", "Epoch", "History", "Message", "Session", "Viola
 _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 #: Codes of errors about what a browser sent; nothing else of the example depends on them.
 _BAD_INPUT = frozenset({"bad_json", "bad_message", "from_mismatch"})
+#: Bytes of messages that the relay writes to a browser at once; one may be larger by itself.
+_WRITE = 65_536
 #: Codes that may answer a message in good form.
 _REFUSALS = frozenset({"inbox_full", "recipient_unknown", "broker_unavailable"})
 
@@ -444,8 +446,28 @@ class History:
             took = session.taken.get(message)
             if took is None or self.is_disturbed(message, session) or (session.is_lossy and not session.v1):
                 return None
+            if not session.v1 and self.may_be_half_written(session, message):
+                return None
             at = max(at or 0, took)
         return at
+
+    def may_be_half_written(self, session: Session, message: Message) -> bool:
+        """Tell whether a message may be of the last write to a plain session, and another of that not yet written.
+
+        A write is acknowledged to the broker as a whole.
+        """
+        place = next(at for at, arrival in enumerate(session.arrivals) if arrival.message is message)
+        if sum(len(arrival.message.body) for arrival in session.arrivals[place:]) > _WRITE:
+            return False
+        end = session.ended_at or self.now
+        return any(
+            other.sent_at < end
+            and (
+                (other.to == session.user and not session.has_seen(other))
+                or (other.sender is session and len(other.answers) < other.attempts)
+            )
+            for other in self.messages
+        )
 
     def due(self, session: Session) -> Iterator[Message]:
         """Yield what a session must still see: accepted, and sent while it was attached for sure."""
