@@ -204,6 +204,19 @@ def test_order(play: Play) -> None:
     )
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_what_was_published_again_may_come_after_what_is_newer(play: Play, is_lost: bool) -> None:
+    """The next session gets the second copy of what was taken; but only where a link was lost."""
+    ann = play.open("ann")
+    first, second = play.say(), play.say()
+    if is_lost:
+        play.history.disturb("A")
+    play.see(ann, first, take=is_lost)
+    play.history.end(ann, lossy=False)
+    play.see(play.open("ann"), second, first, redelivered=True)
+    assert ("after message 2" in play.complaints) is not is_lost
+
+
 def test_a_further_socket_may_see_what_waited_after_what_is_newer(play: Play) -> None:
     """What was sent before it came stands in the inbox, which another one holds; the only socket has no excuse."""
     holder = play.open("ann")

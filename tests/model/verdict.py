@@ -68,8 +68,10 @@ def _of_session(history: History, session: Session) -> Iterator[str]:
         firsts.setdefault(arrival.message, arrival)
     for later, earlier in combinations(firsts.values(), 2):
         # `earlier` came after `later` did: that is wrong if it was sent before
-        if _is_before(history, earlier.message, later.message) and _must_be_in_order(
-            history, session, earlier, later
+        if (
+            _is_before(history, earlier.message, later.message)
+            and not _is_copy(history, session, earlier)
+            and _must_be_in_order(history, session, earlier, later)
         ):
             yield f"{earlier.message} came to {session.name} after {later.message}, which was sent later"
 
@@ -84,6 +86,17 @@ def _is_before(history: History, one: Message, other: Message) -> bool:
     if one.sender is not None and one.sender is other.sender:
         return one.number < other.number
     return accepted < other.sent_at
+
+
+def _is_copy(history: History, session: Session, arrival: Arrival) -> bool:
+    """Tell whether a message may be one that was published again: another session had it before, and a link was lost.
+
+    The copy stands behind what was published first, and the first one may have been taken.
+    """
+    return history.is_disturbed(arrival.message, session) and any(
+        other is not session and any(a.message is arrival.message and a.at < arrival.at for a in other.arrivals)
+        for other in history.sessions
+    )
 
 
 def _must_be_in_order(history: History, session: Session, one: Arrival, other: Arrival) -> bool:
