@@ -181,6 +181,18 @@ def test_what_was_not_taken_comes_again_and_says_so(play: Play) -> None:
     play.see(again, message, redelivered=True)
 
 
+def test_what_was_not_taken_must_come_again(play: Play) -> None:
+    """Seen by a v1 session that did not acknowledge it, and by nobody after that."""
+    ann = play.open("ann")
+    first, second = play.say(), play.say()
+    play.see(ann, first, second, take=False)
+    play.history.ack(ann, 1)
+    play.history.end(ann, lossy=True)
+    assert play.complaints == "message 2 (bob/1 to ann) was accepted and was taken by nobody, but is gone"
+    play.see(play.open("ann"), second, redelivered=True)
+    assert play.complaints == ""
+
+
 def test_after_a_kill_even_what_was_taken_may_come_again(play: Play) -> None:
     """The relay may have died before the broker heard of it."""
     ann = play.open("ann")

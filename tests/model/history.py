@@ -142,6 +142,10 @@ class Session:
         """Tell whether it got a message."""
         return any(arrival.message is message for arrival in self.arrivals)
 
+    def has_taken(self, message: Message) -> bool:
+        """Tell whether it got a message, and acknowledged it if it speaks `imrelay.v1`."""
+        return message in self.taken if self.v1 else self.has_seen(message)
+
     def has_gone_by(self, at: int) -> bool:
         """Tell whether its consumer was surely gone at that time."""
         return self.gone_at is not None and self.gone_at <= at

@@ -34,21 +34,29 @@ def _of_message(history: History, message: Message) -> Iterator[str]:
 
 
 def _of_lost(history: History, user: str) -> Iterator[str]:
-    """Complain of what was accepted and came to nobody.
+    """Complain of what was accepted, and came to nobody or was taken by nobody who got it.
 
     Only a plain socket that ended without being read to its end may take messages with it, and no more than the
     kernel held for it: "taken" means written to its TCP connection.
     """
     accepted = [m for m in history.messages if m.to == user and history.accepted_at(m) is not None]
-    lost = [message for message in accepted if not any(s.has_seen(message) for s in history.sessions)]
+    lost = [message for message in accepted if not _is_taken(history, message)]
     takers = [s for s in history.sessions if s.user == user and s.is_lossy and not s.v1]
     for message in lost:
         if not any(message.sent_at < (session.ended_at or 0) for session in takers):
-            yield f"{message} was accepted and came to nobody"
+            is_seen = any(session.has_seen(message) for session in history.sessions)
+            end = "was taken by nobody, but is gone" if is_seen else "came to nobody"
+            yield f"{message} was accepted and {end}"
     size, room = sum(len(message.body) for message in lost), sum(session.room for session in takers)
     if takers and size > room:
         names = ", ".join(str(message.number) for message in lost)
-        yield f"messages {names} to {user} were accepted and came to nobody: {size} bytes, {room} may be lost"
+        yield f"messages {names} to {user} were accepted and are lost: {size} bytes, {room} may be lost"
+
+
+def _is_taken(history: History, message: Message) -> bool:
+    """Tell whether somebody took a message; of equal ones, it is not known which of them came."""
+    has = Session.has_taken if history.is_unique(message) else Session.has_seen
+    return any(has(session, message) for session in history.sessions)
 
 
 def _of_refused(history: History, message: Message, seen_by: list[Session]) -> Iterator[str]:
@@ -89,9 +97,9 @@ def _is_before(history: History, one: Message, other: Message) -> bool:
 
 
 def _is_copy(history: History, session: Session, arrival: Arrival) -> bool:
-    """Tell whether a message may be one that was published again: another session had it before, and a link was lost.
+    """Tell whether a message may be a second copy: another session had it before, and a link was lost.
 
-    The copy stands behind what was published first, and the first one may have been taken.
+    What is published again stands behind what was published first, and the first one may have been taken.
     """
     return history.is_disturbed(arrival.message, session) and any(
         other is not session and any(a.message is arrival.message and a.at < arrival.at for a in other.arrivals)
