@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import seed, settings
 
 from tests.harness import Node, VirtualHost
 from tests.model.broker import Outside
 from tests.model.fleet import PROFILES, Fleet
-from tests.model.machine import SETTINGS, Machine, Stage, run
+from tests.model.machine import SEED, SUITE, Stage, run, staged
 
 pytestmark = pytest.mark.slow
-
-_SEED = 20260924
 
 
 @pytest.fixture
@@ -33,8 +30,7 @@ def stage(node: Node, broker: VirtualHost, tmp_path: Path) -> Iterator[Stage]:
 
 def test_every_promise_holds(stage: Stage) -> None:
     """Senders, relays, broker, sockets and time, in steps that hypothesis chooses."""
-    machine = seed(_SEED)(type("StagedMachine", (Machine,), {"stage": stage}))
-    failure = run(machine, settings(SETTINGS, max_examples=50, stateful_step_count=25))
-    told = f"seed {_SEED}: {stage.examples} examples, {stage.steps} steps"
+    failure = run(staged(stage), SUITE)
+    told = f"seed {SEED}: {stage.examples} examples, {stage.steps} steps"
     assert not failure, f"{failure}\n{told}"
     print(told)

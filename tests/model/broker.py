@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 import pika
-from pika.exceptions import AMQPError, NackError, UnroutableError
+from pika.exceptions import AMQPConnectionError, AMQPError, NackError, UnroutableError
 
 from tests.harness import TICK, VirtualHost
 
@@ -23,6 +23,7 @@ FOREIGN: dict[str, tuple[str | bytes, dict[str, Any]]] = {
     "no id": ('{"content":%d}', {}),
     "equal ids": ('{"content":%d}', {"message_id": "the-same"}),
     "equal ids, binary": ("binary %d", {"message_id": "the-same", "type": "binary"}),
+    "equal ids of ours": ('{"content":%d}', {"message_id": "01M86CPHEC42MXP89J1P897A00"}),
     "not UTF-8": (b"\xff\xfe %d", {}),
     "no JSON": ("text %d", {}),
     "empty": ("", {}),
@@ -56,6 +57,10 @@ class Outside:
         channel.queue_declare(f"audit.{user}", durable=True)
         channel.queue_bind(f"audit.{user}", "direct_message", routing_key=user)
 
+    def delete_inbox(self, user: str) -> None:
+        """Delete a user's inbox, as an administrator may."""
+        self._open().queue_delete(f"inbox.{user}")
+
     def consumers(self, user: str) -> int:
         """Return how many consumers a user's inbox has, those that stand by as well."""
         return int(self._look(user, "length(rabbit_amqqueue:consumers(Q))", "0"))
@@ -63,6 +68,15 @@ class Outside:
     def waiting(self, user: str) -> int:
         """Return how many messages are in a user's inbox, unacknowledged ones as well."""
         return int(self._look(user, "proplists:get_value(messages, rabbit_amqqueue:info(Q, [messages]))", "0"))
+
+    def peek(self, user: str) -> list[str]:
+        """Return what is ready in a user's inbox, each with whether it was delivered before; it stays there."""
+        channel = self._connect().channel()
+        found = []
+        while (got := channel.basic_get(f"inbox.{user}"))[0] is not None:
+            found.append(f"{got[2]!r}{' redelivered' if got[0].redelivered else ''}")
+        channel.connection.close()
+        return found
 
     def reached_by(self, user: str) -> list[str]:
         """Return the names of what is bound to a user's exchange."""
@@ -101,7 +115,17 @@ class Outside:
     def _open(self) -> Any:
         if self._channel is None or not self._channel.is_open:
             self.close()
-            connection = pika.BlockingConnection(pika.URLParameters(f"{self._vhost.url}?heartbeat=0"))
+            connection = self._connect()
             self._channel = connection.channel()
             self._channel.confirm_delivery()
         return self._channel
+
+    def _connect(self) -> pika.BlockingConnection:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return pika.BlockingConnection(pika.URLParameters(f"{self._vhost.url}?heartbeat=0"))
+            except AMQPConnectionError:  # the node is just coming back
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(TICK)

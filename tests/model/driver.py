@@ -61,6 +61,8 @@ class Driver:
         self.tabs: list[Tab] = []
         #: Half-open ones.
         self.abandoned: list[Tab] = []
+        #: Connections whose browsers have not noticed that a relay has ended them.
+        self._ghosts: list[Wire] = []
         self.story: list[str] = []
         #: Relays that are paused or have no link at the moment, and those whose link only is held up.
         self._troubled: set[str] = set()
@@ -90,6 +92,8 @@ class Driver:
             self.wait(self._is_settled, "")
         finally:
             self._is_acking = False
+        for user in {tab.session.user for tab in self.tabs if not tab.session.is_attached}:
+            self._await_consumers(user, is_exact=True)  # each socket comes back by itself after a lost link
 
     def _is_settled(self) -> bool:
         for tab in self.tabs:
@@ -194,17 +198,27 @@ class Driver:
         """Wait until the broker has no consumer of the user's sockets that have ended."""
         if all(s.gone_at is not None or s.is_open for s in self.history.sessions if s.user == user):
             return
-        count = sum(tab.session.user == user for tab in [*self.tabs, *self.abandoned])
         here = [session for session in self.history.sessions if session.user == user and session.gone_at is None]
         for relay in dict.fromkeys(session.relay for session in here):  # also where one has ended, unnoticed yet
             self.calm(relay)
-        try:
-            eventually(lambda: self.outside.consumers(user) <= count, self._guard)
-        except AssertionError:
-            raise Violation(
-                f"the inbox of {user} has {self.outside.consumers(user)} consumers, and {count} sockets are there"
-            ) from None
+        self._await_consumers(user, is_exact=False)
         self.history.gone(user)
+
+    def _await_consumers(self, user: str, *, is_exact: bool) -> None:
+        """Wait until an inbox has as many consumers as sockets are there, or no more; raises `Violation`."""
+        count = sum(tab.session.user == user for tab in [*self.tabs, *self.abandoned])
+
+        def is_reached() -> bool:
+            consumers = self.outside.consumers(user)
+            return consumers == count if is_exact else consumers <= count
+
+        try:
+            eventually(is_reached, self._guard)
+        except AssertionError:
+            consumers = self.outside.consumers(user)
+            raise Violation(
+                f"the inbox of {user} has {consumers} consumers, and {count} sockets are there"
+            ) from None
 
     def check_log(self, process: ModelRelay) -> None:
         """Raise `Violation` where a relay has met a fault of its own."""

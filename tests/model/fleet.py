@@ -15,9 +15,10 @@ from typing import Any
 from tests.harness import Node, RelayProcess, VirtualHost, eventually, plain_environment
 from tests.proxy import Proxy
 
-__all__ = ["PROFILES", "WITNESSES", "Fleet", "ModelRelay", "Profile"]
+__all__ = ["PROFILES", "ROOT", "WITNESSES", "Fleet", "ModelRelay", "Profile"]
 
-_ROOT = Path(__file__).parents[2]
+#: The folder of the package and its tests.
+ROOT = Path(__file__).parents[2]
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 60.0
 #: Small limits, so that few messages reach them.
@@ -47,15 +48,17 @@ class Profile:
     hasty: frozenset[str] = frozenset()
 
 
+#: Holds one large message for a slow browser, and not a second one.
+_NARROW: dict[str, object] = {"websocket-max-send-buffer": 30_000}
 #: Relay -> what it has beside `_COMMON`.
 _SETTINGS: dict[str, dict[str, object]] = {
     "A": {},
-    "B": {},
+    "B": _NARROW,
     "changed": {"inbox-max-length": 7, "inbox-expires": 86_400},
     "quorum1": {"inbox-queue-type": "quorum"},
-    "quorum2": {"inbox-queue-type": "quorum"},
+    "quorum2": {"inbox-queue-type": "quorum"} | _NARROW,
     "refusing": {"inbox-unknown-recipient": "refuse", "broker-persistent": "no"},
-    "hasty": {"broker-publish-timeout": 0.5},
+    "hasty": {"broker-publish-timeout": 0.5} | _NARROW,
 }
 PROFILES: dict[str, Profile] = {
     "one relay": Profile(("A",)),
@@ -73,7 +76,8 @@ WITNESSES = tuple(dict.fromkeys(profile.relays[0] for profile in PROFILES.values
 class ModelRelay(RelayProcess):
     """A relay whose wall clock can be set, and whose link to the broker can be stalled and lost."""
 
-    def __init__(self, directory: Path, url: str, settings: dict[str, object]) -> None:
+    def __init__(self, directory: Path, url: str, settings: dict[str, object], root: Path = ROOT) -> None:
+        """Start it, of the package that stands in `root`."""
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.log_path = directory / "relay.log"
@@ -84,7 +88,7 @@ class ModelRelay(RelayProcess):
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.model.relay_program", "serve", *arguments],
                 cwd=directory,  # where no config.ini is
-                env=plain_environment(PYTHONPATH=str(_ROOT)),
+                env=plain_environment(PYTHONPATH=str(root)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -154,6 +158,8 @@ class Fleet:
     running: dict[str, ModelRelay] = field(default_factory=dict)
     #: How many relays have been started.
     started: int = 0
+    #: Where the package stands.
+    root: Path = ROOT
 
     def start(self, names: tuple[str, ...]) -> None:
         """Begin to start these relays; returns at once."""
@@ -161,7 +167,7 @@ class Fleet:
             if name not in self.running:
                 self.started += 1
                 directory = self.directory / f"{name}-{self.started}"
-                self.running[name] = ModelRelay(directory, self.vhost.url, _COMMON | _SETTINGS[name])
+                self.running[name] = ModelRelay(directory, self.vhost.url, _COMMON | _SETTINGS[name], self.root)
 
     def get(self, name: str) -> ModelRelay:
         """Return a relay that can be used."""

@@ -142,6 +142,11 @@ class Session:
         """Tell whether it got a message."""
         return any(arrival.message is message for arrival in self.arrivals)
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether it is attached for sure."""
+        return bool(self.epochs) and self.epochs[-1].end is None
+
     def has_taken(self, message: Message) -> bool:
         """Tell whether it got a message, and acknowledged it if it speaks `imrelay.v1`."""
         return message in self.taken if self.v1 else self.has_seen(message)
@@ -167,9 +172,13 @@ class History:
         self.refusing = refusing
         self.now = 0
         self.sessions: list[Session] = []
+        #: User -> when the inbox was deleted.
+        self._inbox_lost: dict[str, int] = {}
         self.messages: list[Message] = []
         #: When the link between a relay and the broker was lost, or the relay killed, or the broker.
         self.disturbances: dict[str, list[int]] = defaultdict(list)
+        #: Relays that may not be back yet, or whose former connections the broker may hold for alive.
+        self._disturbed: set[str] = set()
         #: Relays that may answer `broker_unavailable` from then on.
         self.excused: set[str] = set()
         self._by_body: dict[bytes, list[Message]] = defaultdict(list)
@@ -225,6 +234,7 @@ class History:
     def disturb(self, relay: str) -> None:
         """Note that a relay's link to the broker is lost, or the relay itself."""
         self.disturbances[relay].append(self.tick())
+        self._disturbed.add(relay)
         for session in self.sessions:
             if session.relay == relay:
                 self._end_epoch(session)
@@ -232,9 +242,10 @@ class History:
     def recover(self, relay: str) -> None:
         """Note that a relay is back: what was sent meanwhile may have gone into the connection that was lost."""
         self.disturbances[relay].append(self.tick())
+        self._disturbed.discard(relay)
 
     def _end_epoch(self, session: Session) -> None:
-        if session.epochs and session.epochs[-1].end is None:
+        if session.is_attached:
             session.epochs[-1].end = self.now
 
     # -- what they get -------------------------------------------------------------------------------------------
@@ -301,11 +312,16 @@ class History:
         ):
             raise Violation(f"{message} got {frame}, and the broker could be reached")
 
+    def lose_inbox(self, user: str) -> None:
+        """Note that a user's inbox was deleted, while it was empty and no socket was there."""
+        self._inbox_lost[user] = self.tick()
+
     def had_inbox(self, message: Message) -> bool:
+        lost = self._inbox_lost.get(message.to, 0)
         return any(
-            s.user == message.to and s.epochs and s.opened_at < message.sent_at for s in self.sessions
+            s.user == message.to and s.epochs and lost <= s.opened_at < message.sent_at for s in self.sessions
         ) or any(
-            other.to == message.to and (at := self.accepted_at(other)) is not None and at < message.sent_at
+            other.to == message.to and (at := self.accepted_at(other)) is not None and lost <= at < message.sent_at
             for other in self.messages
         )
 
@@ -363,7 +379,7 @@ class History:
         if not session.v1 and session.closing_at is None:
             session.taken.setdefault(message, arrival.at)
         lost = max(self.disturbances[session.relay], default=0)
-        if session.is_open and message.sent_at > lost and not (session.epochs and session.epochs[-1].end is None):
+        if session.is_open and message.sent_at > lost and not session.is_attached:
             session.epochs.append(Epoch(arrival.at))
 
     def _check_v1(self, session: Session, arrival: Arrival) -> None:
@@ -432,6 +448,8 @@ class History:
     def is_disturbed(self, message: Message, session: Session) -> bool:
         """Tell whether a link was lost between a message's sending and now, its sender's or that of a session."""
         relays = {session.relay} | ({message.sender.relay} if message.sender is not None else set())
+        if relays & self._disturbed:
+            return True
         return any(at > message.sent_at for relay in relays for at in self.disturbances[relay])
 
     def taken_at(self, message: Message) -> int | None:

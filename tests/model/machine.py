@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -23,7 +23,7 @@ from tests.model.fleet import PROFILES, Fleet
 from tests.model.history import Violation
 from tests.model.world import World
 
-__all__ = ["SETTINGS", "Machine", "Stage", "run"]
+__all__ = ["SEED", "SETTINGS", "SUITE", "Machine", "Stage", "run", "staged"]
 
 #: What all runs have in common.
 SETTINGS = settings(
@@ -34,6 +34,9 @@ SETTINGS = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=False,
 )
+#: What the suite runs, and with which seed: about a minute.
+SUITE = settings(SETTINGS, max_examples=50, stateful_step_count=25)
+SEED = 20260924
 
 #: At most so many sockets at the same time.
 _TABS = 6
@@ -54,9 +57,12 @@ class Stage:
     """What all examples of a run share; remembers the shortest story that broke a promise.
 
     `outages`: in some examples the broker itself is killed, restarted or frozen, which takes ten seconds.
+    `shrinking`: seconds that are spent on making a story shorter.
     """
 
-    def __init__(self, fleet: Fleet, outside: Outside, *, outages: bool = False) -> None:
+    def __init__(
+        self, fleet: Fleet, outside: Outside, *, outages: bool = False, shrinking: float = _SHRINKING
+    ) -> None:
         self.fleet = fleet
         self.outages = outages
         self.outside = outside
@@ -64,7 +70,10 @@ class Stage:
         self.steps = 0
         self.failure = ""
         self._length = 0
-        self._failed_at = 0.0
+        #: When a promise was found broken, by `time.monotonic`, and in which example.
+        self.failed_at = 0.0
+        self.failed_example = 0
+        self._shrinking = shrinking
 
     def world(self, profile: str) -> World:
         """Begin an example."""
@@ -74,13 +83,14 @@ class Stage:
 
     def check_time(self) -> None:
         """Let everything fail at once when there was time enough for shrinking: so hypothesis comes to its end."""
-        if self.failure and time.monotonic() - self._failed_at > _SHRINKING:
+        if self.failure and time.monotonic() - self.failed_at > self._shrinking:
             raise Violation("see the shortest story")
 
     def note_failure(self, world: World, violation: Violation) -> None:
         """Remember a story, if it is the shortest so far, with what the relays have logged."""
         if not self.failure:
-            self._failed_at = time.monotonic()
+            self.failed_at = time.monotonic()
+            self.failed_example = self.examples
         elif self._length <= len(world.story):
             return
         self._length = len(world.story)
@@ -216,6 +226,86 @@ class Machine(RuleBasedStateMachine):
                 self._do("take", one)
             self._do("close", one, how)
 
+    @precondition(lambda self: self._v1_tabs)
+    @rule(tab=_NUMBER, count=st.integers(2, 5), how=st.sampled_from(["clean", "reset"]), v1=_OFTEN)
+    def come_back(self, tab: int, count: int, how: str, v1: bool) -> None:
+        """Let a user leave with messages that nobody has acknowledged, and come back; nobody else is there."""
+        one = self._v1_tabs[tab % len(self._v1_tabs)]
+        user, relay = one.session.user, one.session.relay
+        self._close_all(user, "clean")
+        one = self._do("connect", user, relay, v1=True)
+        self._do("send", one, user, count)
+        self._do("take", one, 0.5)
+        self._do("close", one, how)
+        self._do("connect", user, relay, v1=v1)
+
+    @precondition(lambda self: self._v1_tabs)
+    @rule(tab=_NUMBER, relay=_NUMBER, count=st.integers(1, 3))
+    def resume(self, tab: int, relay: int, count: int) -> None:
+        """Let a user come back who is still there half-open, and has not acknowledged; something newer waits."""
+        one = self._v1_tabs[tab % len(self._v1_tabs)]
+        user = one.session.user
+        for other in [other for other in self._world.tabs if other.session.user == user and other is not one]:
+            self._do("close", other, "clean")
+        self._do("send", one, user, count)
+        self._do("close", one, "abandon")
+        self._do("connect", user, self._relay(relay), v1=True, resume=True)
+        self._do("publish", user, "own id", 2)
+        self._do("settle")
+
+    @precondition(lambda self: len(self._world.tabs) > 1)
+    @rule(tab=_NUMBER, other=_NUMBER, count=st.integers(3, 4))
+    def choke(self, tab: int, other: int, count: int) -> None:
+        """Send more to a browser than the relay holds for it while it does not read, and let it read on."""
+        victim = self._tab(tab)
+        others = [one for one in self._world.tabs if one is not victim and not one.is_slow]
+        if others:
+            self._do("slow", victim)
+            self._do("send", others[other % len(others)], victim.session.user, count, large=True)
+            self._do("settle")
+
+    @precondition(lambda self: self._world.profile.hasty and self._world.tabs)
+    @rule(tab=_NUMBER, to=_USER)
+    def outlast(self, tab: int, to: int) -> None:
+        """Hear nothing from the broker for longer than the relay waits, with more than it hands over."""
+        one = self._tab(tab)
+        if one.session.relay in self._world.profile.hasty:
+            self._do("calm", one.session.relay)
+            self._do("stall", one.session.relay)
+            self._do("send", one, self._user(to), 8)
+            self._do("send", one, self._user(to), 2)
+            self._do("settle")
+            self._do("send_again", one)
+
+    @precondition(lambda self: self._world.tabs)
+    @rule(tab=_NUMBER, to=_USER, number=_NUMBER)
+    def step_clock(self, tab: int, to: int, number: int) -> None:
+        """Set a relay's clock between two messages."""
+        one = self._tab(tab)
+        self._do("send", one, self._user(to))
+        self._do("step_clock", one.session.relay, _CLOCKS[number % len(_CLOCKS)])
+        self._do("send", one, self._user(to))
+
+    @precondition(lambda self: 0 < len(self._world.tabs) < _TABS)
+    @rule(tab=_NUMBER, relay=_NUMBER, v1=st.booleans(), kind=st.sampled_from([k for k in FOREIGN if "equal" in k]))
+    def repeat_ids(self, tab: int, relay: int, v1: bool, kind: str) -> None:
+        """Let another program give equal ids to different messages, with two sockets to see them."""
+        user = self._tab(tab).session.user
+        self._do("connect", user, self._relay(relay), v1=v1)
+        self._do("publish", user, kind, 2)
+        self._do("settle")
+
+    @precondition(lambda self: self._world.tabs)
+    @rule(tab=_NUMBER, to=_USER, count=st.integers(1, 2))
+    def lose_inbox(self, tab: int, to: int, count: int) -> None:
+        """Let somebody delete the inbox of a user who is not there, when it is empty; then send to the user."""
+        user = self._user(to)
+        self._do("settle")
+        self._close_all(user, "clean")
+        others = [one for one in self._world.tabs if one.session.user != user]
+        if others and self._do("delete_inbox", user):
+            self._do("send", others[tab % len(others)], user, count)
+
     @rule(to=_USER, kind=st.sampled_from(["audit", *sorted(FOREIGN)]), count=st.integers(1, 3))
     def publish(self, to: int, kind: str, count: int) -> None:
         """Let another program publish, or have a queue of its own for a user's messages."""
@@ -271,6 +361,11 @@ class Machine(RuleBasedStateMachine):
     def _v1_tabs(self) -> list[Tab]:
         return [tab for tab in self._world.tabs if tab.session.v1]
 
+    def _close_all(self, user: str, how: str) -> None:
+        """End all sockets of a user."""
+        for tab in [tab for tab in self._world.tabs if tab.session.user == user]:
+            self._do("close", tab, how)
+
     def _user(self, number: int) -> str:
         return self._world.users[number % len(self._world.users)]
 
@@ -280,13 +375,14 @@ class Machine(RuleBasedStateMachine):
     def _tab(self, number: int) -> Tab:
         return self._world.tabs[number % len(self._world.tabs)]
 
-    def _do(self, step: str | Callable[[], None], *arguments: Any, **options: Any) -> None:
+    def _do(self, step: str | Callable[[], None], *arguments: Any, **options: Any) -> Any:
         """Take a step; whatever breaks is raised here, so that hypothesis takes it for the same failure."""
         self.stage.steps += 1
         self._has_settled = False
         broken: Violation | None = None
+        answer: Any = None
         try:
-            (step if callable(step) else getattr(self._world, step))(*arguments, **options)
+            answer = (step if callable(step) else getattr(self._world, step))(*arguments, **options)
         except Violation as violation:
             broken = violation
         except Exception as exc:
@@ -296,6 +392,13 @@ class Machine(RuleBasedStateMachine):
             if self.world is not None:
                 self.stage.note_failure(self.world, broken)
             raise broken.with_traceback(None)
+        return answer
+
+
+def staged(stage: Stage, number: int | None = None) -> type[Machine]:
+    """Return the machine of a stage, with a seed: by default that of the suite."""
+    machine = type("StagedMachine", (Machine,), {"stage": stage})
+    return seed(SEED if number is None else number)(machine)
 
 
 def run(machine: type[Machine], limits: settings) -> str:

@@ -38,6 +38,8 @@ class World(Driver):
         self.calm(relay)
         former = next((tab for tab in self.abandoned if tab.session.user == user and tab.token), None)
         resumed = former if resume and v1 else None
+        if resumed is not None:
+            self.calm(resumed.session.relay)
         if not at_once:
             self.await_gone(user)
         protocols = ["imrelay.v1"] if v1 else []
@@ -48,9 +50,10 @@ class World(Driver):
         self.tell(
             f"{tab.session.name} connects to {relay}" + (", v1" if v1 else "") + (", resumes" if resumed else "")
         )
-        if resumed is not None:
+        if resumed is not None:  # the relay has ended that one; its browser does not know
             tab.session.resumes = resumed.session
-            self._drop(resumed)
+            self._end(resumed, lossy=True)
+            self._ghosts.append(resumed.wire)
         self.tabs.append(tab)
         self._read(tab)  # the welcome may have come with the answer to the handshake
         if v1:
@@ -140,6 +143,27 @@ class World(Driver):
         self.tell(f"an audit queue is bound for {user}")
         self._audits.add(user)
         self.outside.bind_audit(user)
+
+    def delete_inbox(self, user: str) -> bool:
+        """Delete an inbox in which nothing is, of a user who is not there; tell whether that was so.
+
+        Not where another program's queue gets the user's messages too: the relay notices it later then. And a
+        quorum queue counts with delay.
+        """
+        is_here = any(tab.session.user == user for tab in [*self.tabs, *self.abandoned])
+        if is_here or self.profile.begins_live or user in self._audits:
+            return False
+        for name in self.profile.relays:  # nothing of theirs is under way
+            self.calm(name)
+        self.await_gone(user)
+        try:
+            eventually(lambda: not self.outside.waiting(user), 0.5)
+        except AssertionError:
+            return False
+        self.tell(f"the inbox of {user} is deleted")
+        self.outside.delete_inbox(user)
+        self.history.lose_inbox(user)
+        return True
 
     def take(self, tab: Tab, share: float = 1.0) -> None:
         """Acknowledge so much of what a v1 socket got, and wait until the relay has processed it."""
@@ -237,6 +261,7 @@ class World(Driver):
         self._taken.pop(relay, None)
         self._troubled.discard(relay)
         self._stalled.discard(relay)
+        self._cut.add(relay)  # the broker may not have noticed yet
         self.fleet.replace(relay)
 
     def stop(self, relay: str) -> None:
@@ -347,7 +372,8 @@ class World(Driver):
         except AssertionError:
             left, bound = look()
             raise Violation(
-                f"of {user} there is left: {left} messages, and bound to its exchange {bound}"
+                f"of {user} there is left: {left} messages, and bound to its exchange {bound}: "
+                f"{', '.join(self.outside.peek(user)) if left else 'empty'}"
             ) from None
 
     def _empty(self, heir: Tab) -> None:
@@ -366,8 +392,8 @@ class World(Driver):
 
     def clean_up(self, *, is_broken: bool) -> None:
         """Leave nothing behind for the next example; no relay that has broken a promise, either."""
-        for tab in [*self.tabs, *self.abandoned]:
-            tab.wire.reset()
+        for wire in [*self._ghosts, *(tab.wire for tab in [*self.tabs, *self.abandoned])]:
+            wire.reset()
         for name in self.profile.relays:
             if is_broken:
                 self.fleet.replace(name)
