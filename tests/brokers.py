@@ -99,8 +99,8 @@ def start_application(node: Node) -> None:
 
 
 def node_pid(node: Node) -> int:
-    """Return the process id of the node as it runs now."""
-    return int((node.data_dir / "node.pid").read_text())
+    """Return the process id of the node as it runs now; the file is empty for a moment while it starts."""
+    return int(eventually((node.data_dir / "node.pid").read_text, 60))
 
 
 def kill_node(node: Node) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import signal
 import statistics
 import sys
 import tempfile
@@ -22,13 +23,13 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from hypothesis import seed, settings
+from hypothesis import settings
 
 from tests.brokers import node_pid, open_files, resident_kib
 from tests.harness import Node, VirtualHost, eventually
 from tests.model.broker import Outside
 from tests.model.fleet import PROFILES, WITNESSES, Fleet
-from tests.model.machine import SETTINGS, Machine, Stage, run
+from tests.model.machine import SETTINGS, Stage, run, staged
 
 __all__ = ["LIMITS", "Figures", "main"]
 
@@ -114,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if seconds <= 0:
         parser.error("give --hours or --minutes")
     first = secrets.randbelow(1_000_000) if options.seed is None else options.seed
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the relays and the broker end too
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         node = Node(Path(folder) / "data")
         try:
@@ -138,9 +141,8 @@ def _soak(stage: Stage, vhost: VirtualHost, seconds: float, first: int) -> int:
     number = first
     print(f"seed {first}, {seconds / 60:g} minutes, process {os.getpid()}", flush=True)
     while time.monotonic() < begun + seconds:
-        machine = seed(number)(type("SoakMachine", (Machine,), {"stage": stage}))
         limits = settings(SETTINGS, max_examples=_BATCH, stateful_step_count=_STEPS)
-        failure = run(machine, limits)
+        failure = run(staged(stage, number), limits)
         if failure:
             print(f"{failure}\nPROMISE BROKEN; again by scripts/soak --minutes 1 --seed {number}", flush=True)
             return 1
