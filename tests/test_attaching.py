@@ -50,11 +50,17 @@ def user() -> str:
 
 
 @pytest.fixture
-def pool(gate: Gate) -> Iterator[ConsumerPool]:
+def queue_type() -> str:
+    """The type of inboxes; a test may say another one."""
+    return "classic"
+
+
+@pytest.fixture
+def pool(gate: Gate, queue_type: str) -> Iterator[ConsumerPool]:
     """A pool of this process's own, whose connection goes through the gate."""
     made = ConsumerPool(
         lambda name, on_state: Connection(lambda: [gate.url], name=name, heartbeat=60, on_state=on_state),
-        Topology("direct_message", InboxConfig()),
+        Topology("direct_message", InboxConfig(queue_type=queue_type)),
         prefetch=10,
         channels_per_connection=100,
     )
@@ -213,3 +219,38 @@ def test_a_socket_that_closes_during_its_promotion_gives_back_what_it_has_not_ta
             bodies += third.bodies()
         assert bodies == ([b"two"] if takes else [b"one", b"two"])
     third.consumer.close()
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_a_socket_is_detached_when_its_inbox_has_back_what_it_had_not_taken(
+    pool: ConsumerPool, broker: VirtualHost, user: str
+) -> None:
+    """A quorum queue hears of the end of a channel after that was confirmed."""
+    queue = f"inbox.{user}"
+    with amqp(broker.url) as channel:
+        for number in range(20):
+            socket = Socket(pool, user)
+            socket.wait_attached()
+            if not number:
+                for body in (b"one", b"two", b"three"):
+                    channel.basic_publish("direct_message", user, body, mandatory=True)
+            bodies: list[bytes] = []
+            while len(bodies) < 3:
+                bodies += socket.bodies()
+            socket.consumer.close()
+            assert socket.consumer.wait_detached(PATIENCE)
+            found = channel.queue_declare(queue, passive=True).method
+            assert (found.consumer_count, found.message_count) == (0, 3), f"round {number}"
+
+
+@pytest.mark.parametrize("queue_type", ["quorum"])
+def test_another_socket_is_not_waited_for(pool: ConsumerPool, user: str) -> None:
+    """It has been promoted: then nobody can tell whether the inbox has back what the first had not taken."""
+    first, second = Socket(pool, user), Socket(pool, user)
+    first.wait_attached()
+    second.wait_attached()
+    first.consumer.close()
+    assert not first.consumer.wait_detached(PATIENCE)
+    assert second.consumer.is_attached
+    second.consumer.close()
+    assert second.consumer.wait_detached(PATIENCE)

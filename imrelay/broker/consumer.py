@@ -8,6 +8,7 @@ one that cannot know whether it is the first. What its mailbox has no room for i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -24,6 +25,8 @@ __all__ = ["Consumer", "Keeper"]
 
 logger = logging.getLogger(__name__)
 
+#: Longest time that is waited for a quorum queue to hear of the end of a consumer, in seconds.
+_GIVEN_BACK = 0.5
 #: `channel.close` code of AMQP 0-9-1.
 _PRECONDITION_FAILED = 406
 
@@ -37,6 +40,9 @@ class Keeper(Protocol):
     def forget(self, consumer: Consumer) -> None:
         """Know nothing more of a consumer that was closed."""
 
+    def wait_given_back(self, user: str, timeout: float) -> bool:
+        """Block until nobody consumes from an inbox any more, or for `timeout` seconds; tell which it was."""
+
     def report_kept(self, user: str, lost: ChannelLost) -> None:
         """Take note that an inbox was made with other settings and is used as it is."""
 
@@ -48,6 +54,7 @@ class Consumer:
         "_attached",
         "_channel",
         "_closed",
+        "_is_counted",
         "_keeper",
         "_leaving",
         "_mailbox",
@@ -66,6 +73,8 @@ class Consumer:
         self._keeper = keeper
         self._mailbox = mailbox
         self._closed = False
+        #: Whether the inbox is a classic queue: what a channel had is back there when its end is confirmed.
+        self._is_counted = True
         #: The channel that was closed last.
         self._leaving: Channel | None = None
         self._attached: Event | None = None
@@ -134,9 +143,17 @@ class Consumer:
     def wait_detached(self, timeout: float) -> bool:
         """Block, once it was closed, until the broker has back what was not acknowledged; tell whether it has.
 
-        For `timeout` seconds at most.
+        For `timeout` seconds at most, and for `_GIVEN_BACK` where another socket may have been promoted.
         """
-        return self._leaving is None or self._leaving.wait_ended(timeout)
+        if self._leaving is None:
+            return True
+        until = time.monotonic() + timeout
+        if not self._leaving.wait_ended(timeout):
+            return False
+        if self._is_counted:
+            return True
+        # A quorum queue hears of the end of a channel after that was confirmed.
+        return self._keeper.wait_given_back(self.user, min(_GIVEN_BACK, until - time.monotonic()))
 
     def attach(self, connection: Connection, topology: Topology, prefetch: int) -> None:
         """Open a channel and consume; blocks for one round trip, or two where the user may have another socket.
@@ -152,12 +169,13 @@ class Consumer:
                 connection, on_delivery=subscription.on_delivery, on_cancel=self._on_cancel, on_lost=self._on_lost
             )
             try:
+                self._is_counted = topology.counts_who_stands_by(keep)
                 subscription.begin(
                     channel,
                     topology,
                     prefetch,
                     topology.declare_user(self.user, keep),
-                    is_counted=topology.counts_who_stands_by(keep),
+                    is_counted=self._is_counted,
                     sends_back=topology.takes_back_in_order(keep),
                 )
                 break

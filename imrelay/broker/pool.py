@@ -11,6 +11,7 @@ from collections.abc import Callable
 import gevent
 from gevent.event import AsyncResult
 
+from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
 from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Mailbox
@@ -113,6 +114,28 @@ class ConsumerPool:
         if not consumer.is_attached:
             with contextlib.suppress(ValueError):
                 self._queue.remove(consumer)
+
+    def wait_given_back(self, user: str, timeout: float) -> bool:
+        """Block until nobody consumes from an inbox any more, or for `timeout` seconds; tell which it was.
+
+        A quorum queue takes back what a consumer had, and counts that one no longer, in one step.
+        """
+        connection = next((one for one in self._connections if one.is_open), None)
+        if connection is None:
+            return False
+        channel: Channel | None = None
+        try:
+            with gevent.Timeout(timeout, False):
+                channel = Channel(connection)
+                while channel.call(self._topology.ask_inbox(user))[0].consumer_count:
+                    gevent.sleep(_MOMENT)
+                return True
+        except ChannelLost as exc:
+            logger.debug("it could not be found out who consumes the messages of %s: %s", ascii(user), exc)
+        finally:
+            if channel is not None:
+                channel.close()
+        return False
 
     def rebind(self) -> None:
         """Bind all users again: the exchange had been deleted, and is there again without its bindings."""
