@@ -329,8 +329,8 @@ def test_refused_and_accepted_messages_do_not_mix(relay: RelayFactory, somebody:
         refused = [answer["error"]["id"] for answer in answers if "error" in answer]
         accepted = [answer["ack"]["id"] for answer in answers if "ack" in answer]
         assert refused == list(range(1, 200, 2))
-        assert accepted == list(range(0, 200, 2))
-        assert known.contents_until(198) == accepted
+        assert sorted(accepted) == list(range(0, 200, 2))  # the broker confirms in the order that it likes
+        assert known.contents_until(198) == list(range(0, 200, 2))
 
 
 def test_an_unknown_recipient_is_welcome_otherwise(relay: RelayFactory, somebody: Iterator[str]) -> None:
