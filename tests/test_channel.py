@@ -10,6 +10,7 @@ import gevent
 import pytest
 from pika import spec
 from pika.exceptions import ChannelClosedByBroker
+from pika.frame import Method as Frame
 
 from imrelay.broker import channel as channel_module
 from imrelay.broker.channel import Channel
@@ -119,7 +120,7 @@ def test_who_gets_no_answer_is_told_in_time(
 class FakePika:
     """Stands for pika's channel, so that a test says what one read of the connection brings."""
 
-    on_delivery = on_cancel = on_confirm = on_reply = None
+    on_delivery = on_cancel = on_confirm = on_reply = on_crossed = None
     is_closing, is_open, channel_number = False, True, 1
     awaited: Sequence[Any] = ()
 
@@ -165,3 +166,33 @@ def test_a_cancel_after_the_close_is_not_told() -> None:
     assert pika.on_cancel is not None
     channel.close()
     assert pika.on_cancel is None
+
+
+def test_a_close_of_both_sides_at_once_ends_the_channel() -> None:
+    """RabbitMQ does not always answer a `channel.close` that its own has crossed: nobody waits for that."""
+    channel, pika = fake_channel()
+    asking = gevent.spawn(channel.call, spec.Queue.Declare(queue="q"))
+    gevent.sleep(0)
+    channel.close()
+
+    def read() -> None:
+        assert pika.on_crossed is not None
+        pika.on_crossed(406, "no")
+
+    gevent.get_hub().loop.run_callback(read)
+    with gevent.Timeout(PATIENCE), pytest.raises(ChannelLost, match="406 no"):
+        asking.get()
+    assert channel.wait_ended(PATIENCE)
+
+
+def test_pika_tells_of_a_close_that_crosses_its_own(connection: Connection) -> None:
+    """The way there: what pika takes from the broker while it waits for the answer to its own close."""
+    channel = Channel(connection)
+    channel.call(spec.Exchange.Declare(exchange="amq.direct", passive=True))
+    number = channel._pika.channel_number
+    channel.close()
+    crossing = Frame(number, spec.Channel.Close(406, "no", 0, 0))
+    gevent.get_hub().loop.run_callback(channel._pika._on_close_from_broker, crossing)
+    assert channel.wait_ended(PATIENCE)
+    assert channel.lost is not None
+    assert channel.lost.reply_code == 406

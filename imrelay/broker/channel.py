@@ -78,6 +78,7 @@ class Channel:
         self._pika.on_delivery = on_delivery
         self._pika.on_message = on_message
         self._pika.on_cancel = on_cancel
+        self._pika.on_crossed = self._on_crossed
         self._pika.add_on_close_callback(self._on_close)
 
     def call(self, *methods: Method) -> list[Method]:
@@ -230,10 +231,15 @@ class Channel:
         code = reason.reply_code if isinstance(reason, ChannelClosedByBroker) else 0
         self._end(ChannelLost("closed" if isinstance(reason, ChannelClosedByClient) else describe(reason), code))
 
+    def _on_crossed(self, code: int, text: str) -> None:
+        """Both sides have closed the channel at once: what it had is back, and an answer may never come."""
+        self._end(ChannelLost(f"{code} {text}", code))
+
     def _end(self, lost: ChannelLost) -> None:
         if self.lost is not None:
             return
         self.lost = lost
+        self._pika.on_crossed = None
         self._connection.channels -= 1
         self._pika.on_delivery = None
         if self._ended is not None:

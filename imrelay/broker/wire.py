@@ -64,6 +64,8 @@ class WireChannel(pika.channel.Channel):  # type: ignore[misc]
     #: In the place of `on_delivery`: (delivery tag, all properties, body).
     on_message: Callable[[int, spec.BasicProperties, bytes], None] | None = None
     on_cancel: Callable[[], None] | None = None
+    #: Called with (reply code, reply text) when the broker closes the channel while its own side does.
+    on_crossed: Callable[[int, str], None] | None = None
     #: The kinds of answers that go to `on_reply` instead of through pika's callbacks.
     awaited: Sequence[type[Method]] = ()
     on_reply: Callable[[Method], None] | None = None
@@ -87,6 +89,13 @@ class WireChannel(pika.channel.Channel):  # type: ignore[misc]
         super()._on_cancel(method_frame)
         if self.on_cancel is not None:
             self.on_cancel()
+
+    def _on_close_from_broker(self, method_frame: Any) -> None:
+        """Take the broker's `channel.close`; RabbitMQ does not always answer one of ours that it has crossed."""
+        is_crossed = self.is_closing
+        super()._on_close_from_broker(method_frame)
+        if is_crossed and self.on_crossed is not None:
+            self.on_crossed(method_frame.method.reply_code, method_frame.method.reply_text)
 
     def _on_deliver(self, method_frame: Any, header_frame: Any, body: bytes) -> None:
         """Take a delivery that pika has put together: a large one, or one of a rare shape."""
