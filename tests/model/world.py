@@ -315,8 +315,8 @@ class World(Driver):
             return
         self.outside.close()
         if how == "kill":
-            # RabbitMQ confirms a queue before its name is on the disk, and what a quorum queue needs to find itself
-            # again: one that was declared a moment before kill -9 answers nobody any more (3.10.8)
+            # RabbitMQ confirms a queue before its name is on the disk, and what a quorum queue needs to find
+            # itself again: one that was declared a moment before kill -9 answers nobody any more (3.10.8)
             node.control.evaluate("begin mnesia:sync_log(), [dets:sync(T) || T <- dets:all()], ok end")
             former = node_pid(node)
             kill_node(node)
