@@ -176,7 +176,8 @@ class Consumer:
                     prefetch,
                     topology.declare_user(self.user, keep),
                     is_counted=self._is_counted,
-                    sends_back=topology.takes_back_in_order(keep),
+                    sends_back=topology.takes_back(keep),
+                    keeps_order=topology.takes_back_in_order(keep),
                 )
                 break
             except ChannelLost as exc:

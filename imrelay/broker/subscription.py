@@ -110,16 +110,18 @@ class Subscription:
         *,
         is_counted: bool,
         sends_back: bool,
+        keeps_order: bool,
     ) -> None:
         """Consume from the inbox, and from a live queue unless this is known to be the active consumer.
 
-        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by. `sends_back`: what is
-        sent back keeps its place in the inbox; of another one no more is asked than there is room for. Raises
-        `ChannelLost`.
+        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by. `sends_back`: what there
+        is no room for may be sent back. `keeps_order`: that keeps its place in the inbox, whatever happens after;
+        of another one no more is asked than there is room for, as long as messages are not unusually large.
+        Raises `ChannelLost`.
         """
         self._channel = channel
         self._sends_back = sends_back
-        if not sends_back:
+        if not keeps_order:
             prefetch = max(1, min(prefetch, self._mailbox.budget // _USUAL_MOST))
         self._hurry_from = prefetch // 2
         self._first = None if is_counted else Event()

@@ -93,9 +93,17 @@ class Topology:
         return not (self.is_replicated or keep.inbox)
 
     @staticmethod
-    def takes_back_in_order(keep: Keep) -> bool:
-        """Whether what is sent back keeps its place: not certain of an inbox that is taken as it stands."""
+    def takes_back(keep: Keep) -> bool:
+        """Whether what is sent back comes again: not certain of an inbox that is taken as it stands."""
         return not keep.inbox
+
+    def takes_back_in_order(self, keep: Keep) -> bool:
+        """Whether what a consumer had keeps its place whenever it is given back: in a classic queue.
+
+        A quorum queue takes back what a consumer that ends had in the order of its deliveries, and what was sent
+        back before and came again is among the last of those (3.10.8).
+        """
+        return self.takes_back(keep) and not self.is_replicated
 
     def declare_user(self, user: str, keep: Keep) -> list[Method]:
         """The methods that open a user's inbox, or find it open; none of them is answered.
