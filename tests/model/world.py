@@ -50,10 +50,13 @@ class World(Driver):
         self.tell(
             f"{tab.session.name} connects to {relay}" + (", v1" if v1 else "") + (", resumes" if resumed else "")
         )
-        if resumed is not None:  # the relay has ended that one; its browser does not know
+        if resumed is not None:
             tab.session.resumes = resumed.session
-            self._end(resumed, lossy=True)
-            self._ghosts.append(resumed.wire)
+            if resumed.session.relay == relay or not self.history.disturbances[resumed.session.relay]:
+                self._end(resumed, lossy=True)  # by the relay; its browser does not know
+                self._ghosts.append(resumed.wire)
+            else:  # another relay that has just lost its link does not hear of it
+                self._drop(resumed)
         self.tabs.append(tab)
         self._read(tab)  # the welcome may have come with the answer to the handshake
         if v1:
