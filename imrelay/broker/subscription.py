@@ -258,6 +258,7 @@ class Subscription:
             is_first = live is not None and live.begin_to_hold()
             if self._sends_back and not self._has_place(self._overflow, delivery):
                 self._refuse(self._overflow, delivery)
+                self._ack_copies()
             elif live is not None:
                 live.hold(delivery)
                 self._ack_copies()
