@@ -59,24 +59,38 @@ class Reader:
 
     def __init__(self, pool: ConsumerPool, user: str, budget: int = BUDGET) -> None:
         self.mailbox = Mailbox(budget)
-        #: A socket at a quorum inbox begins with a live queue; each queue has a budget while it changes over.
-        self.parts = 2 if pool._topology.is_replicated else 1
+        #: At a quorum inbox 16 messages have room, and a socket begins with a live queue: each queue has that room
+        #: while it changes over.
+        self.is_replicated = pool._topology.is_replicated
+        self.parts = 2 if self.is_replicated else 1
         self.consumer = pool.consume(user, self.mailbox)
         assert self.consumer.wait_attached(PATIENCE)
+        self.room = self.mailbox.budget
+        assert self.room == (1_064_960 if self.is_replicated else budget)
         self.seen: list[int] = []
         self.repeated: list[int] = []
         self.most = 0
 
     def wait_for_deliveries(self, count: int) -> None:
         """Block until so many deliveries have come, kept or not; or as many as a quorum inbox is asked for."""
-        if self.parts == 2:
-            count = min(count, max(1, self.mailbox.budget // 65_536))
+        if self.is_replicated:
+            count = min(count, 16)
         eventually(lambda: self.consumer._subscription._newest >= count, PATIENCE, sleep=gevent.sleep)
 
-    def read(self, until: int) -> None:
-        """Take and acknowledge until that number has come."""
+    def wait_promoted(self) -> None:
+        """Block until it has no live queue."""
+        eventually(lambda: self.consumer._subscription._live is None, PATIENCE, sleep=gevent.sleep)
+
+    def take(self) -> list[Delivery]:
+        """Take what has come."""
+        return [item for item in self.mailbox.take() if isinstance(item, Delivery)]
+
+    def read(self, until: int, *, leave: bool = False) -> None:
+        """Take and acknowledge until that number has come; `leave` what has come after it."""
         while until not in self.seen:
-            taken = [item for item in self.mailbox.take() if isinstance(item, Delivery)]
+            taken = self.take()
+            if leave:
+                taken = [one for one in taken if int(one.body[:8]) <= until]
             gevent.sleep(0.002)  # while it writes, more comes
             self.most = max(self.most, self.mailbox.size)
             self.consumer.ack(taken)
@@ -101,11 +115,11 @@ def test_what_waits_for_a_socket_that_does_not_read_is_bounded(
     reader = Reader(pool, user)
     publish(broker.url, user, range(120))
     reader.wait_for_deliveries(100)
-    assert 0 < reader.mailbox.size <= BUDGET
+    assert 0 < reader.mailbox.size <= reader.room
     reader.read(119)
     assert reader.seen == list(range(120))
     assert reader.repeated == []
-    assert reader.most <= reader.parts * BUDGET
+    assert reader.most <= reader.parts * reader.room
     eventually(lambda: broker.queues()[f"inbox.{user}"]["messages"] == 0, PATIENCE, sleep=gevent.sleep)
     publish(broker.url, user, range(120, 140), size=8)
     reader.read(139)
@@ -116,11 +130,12 @@ def test_what_waits_for_a_socket_that_does_not_read_is_bounded(
 def test_a_message_larger_than_the_budget_comes_alone(pool: ConsumerPool, broker: VirtualHost, user: str) -> None:
     """The mailbox never holds two of them, and all come."""
     reader = Reader(pool, user, budget=4096)
-    publish(broker.url, user, range(20))
+    size = reader.room + 1
+    publish(broker.url, user, range(20), size)
     reader.wait_for_deliveries(20)
     reader.read(19)
     assert reader.seen == list(range(20))
-    assert reader.most <= reader.parts * (LARGE + 1)
+    assert reader.most <= reader.parts * (size + 1)
     reader.consumer.close()
 
 
@@ -130,13 +145,13 @@ def test_a_slow_tab_takes_nothing_from_another(pool: ConsumerPool, broker: Virtu
     publish(broker.url, user, range(30))
     active.wait_for_deliveries(30)
     other.wait_for_deliveries(30)
-    assert max(active.mailbox.size, other.mailbox.size) <= BUDGET
+    assert max(active.mailbox.size, other.mailbox.size) <= other.room
     active.read(10)
     active.consumer.close()  # the inbox begins to deliver to the other one, whose live queue is far from empty
     publish(broker.url, user, range(30, 60))
     other.read(59)
     assert other.seen == list(range(60))
-    assert other.most <= 2 * BUDGET, "while it changes over, either queue has a budget"
+    assert other.most <= 2 * other.room, "while it changes over, either queue has a budget"
     other.consumer.close()
 
 
@@ -191,16 +206,49 @@ def test_what_a_slow_socket_has_left_comes_to_the_next_ones_in_order(
     """A quorum queue takes back what a consumer had in the order of its deliveries, not of the messages."""
     reader = Reader(pool, user)
     publish(broker.url, user, range(1))
-    eventually(lambda: reader.consumer._subscription._live is None, PATIENCE, sleep=gevent.sleep)
+    reader.wait_promoted()
     publish(broker.url, user, range(1, 60))
     seen: list[int] = []
     for last in (7, 20, 30, 40, 59):
         reader = reader if not seen else Reader(pool, user)
-        reader.read(last)
+        reader.read(last, leave=True)
         reader.consumer.close()
         assert reader.consumer.wait_detached(PATIENCE)
         seen += reader.seen
     assert seen == list(range(60))
+
+
+@pytest.mark.parametrize("pool", ["quorum"], indirect=True)
+def test_sockets_of_relays_with_other_settings_get_what_is_left_in_order(
+    pool: ConsumerPool, broker: VirtualHost, user: str
+) -> None:
+    """Every socket asks a quorum inbox for as much as the one before it had: what that left stays together."""
+    narrow = ConsumerPool(
+        lambda name, on_state: Connection(lambda: [broker.url], name=name, heartbeat=60, on_state=on_state),
+        pool._topology,
+        prefetch=1,
+        channels_per_connection=100,
+    )
+    narrow.start()
+    seen: list[int] = []
+    for where, budget in ((pool, BUDGET), (narrow, 4096), (pool, 4096), (narrow, BUDGET)):
+        reader = Reader(where, user, budget)
+        if not seen:
+            publish(broker.url, user, range(1), size=8)
+            reader.wait_promoted()
+            reader.consumer.ack(reader.take())  # from the live queue and from the inbox
+            publish(broker.url, user, range(1, 21), size=8)
+        reader.wait_for_deliveries(16)
+        first = reader.take()[0]
+        reader.consumer.ack([first])
+        seen.append(int(first.body))
+        reader.consumer.close()
+        assert reader.consumer.wait_detached(PATIENCE)
+    reader = Reader(pool, user)
+    reader.read(20)
+    assert seen + reader.seen == list(range(1, 21))
+    reader.consumer.close()
+    narrow.stop()
 
 
 def test_what_was_thrown_away_meanwhile_is_not_awaited(

@@ -287,9 +287,7 @@ def test_one_consumer_that_cannot_be_bound_again_keeps_no_other_from_it(
             event.clear()
 
 
-def test_the_rebinder_outlives_a_fault_of_a_round(
-    attaching: Attaching, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rebinder_outlives_a_fault_of_a_round(attaching: Attaching, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round that fails as a whole is followed by the next ones."""
     bound = Event()
     monkeypatch.setattr(pool, "_REBIND_INTERVAL", 0.001)

@@ -12,7 +12,7 @@ from pika import spec
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
 from imrelay.broker.frames import Delivery
-from imrelay.broker.topology import Topology
+from imrelay.broker.topology import INBOX_TAG, Topology
 from imrelay.errors import ChannelLost, SetupError
 
 __all__ = ["InboxKeeper", "InboxState"]
@@ -76,28 +76,38 @@ class InboxKeeper:
         It takes them as a socket does: with one there, that would get them. Raises `ChannelLost`.
         """
         dropped = 0
+        while dropped < count:
+            want = min(count - dropped, _PREFETCH)
+            taken = self._drop_once(user, want)
+            dropped += taken
+            if taken < want:
+                break
+        return dropped
+
+    def _drop_once(self, user: str, want: int) -> int:
+        """Take so many messages, or as many as come, and no other: a quorum queue would put it behind the rest."""
+        tags: list[int] = []
         is_done = Event()
 
         def on_delivery(delivery: Delivery) -> None:
-            nonlocal dropped
-            if dropped < count:
-                channel.ack(delivery.tag, multiple=False, at_once=True)
-                dropped += 1
-            if dropped == count:
+            tags.append(delivery.tag)
+            if len(tags) == want:
                 is_done.set()
 
         channel = Channel(self._connection, on_delivery=on_delivery, on_lost=lambda lost: is_done.set())
         try:
-            channel.call(
-                spec.Basic.Qos(prefetch_count=min(count, _PREFETCH)), self._topology.consume_inbox(user)
-            )
+            channel.call(spec.Basic.Qos(prefetch_count=want), self._topology.consume_inbox(user))
             before = -1
-            while not is_done.wait(_IDLE) and dropped != before:
-                before = dropped
+            while not is_done.wait(_IDLE) and len(tags) != before:
+                before = len(tags)
+            channel.call(spec.Basic.Cancel(INBOX_TAG))
+            if tags:
+                channel.ack(tags[-1], multiple=True, at_once=True)
             channel.call(self._topology.ask_inbox(user))  # answered behind the acknowledgements
         finally:
             channel.close()
-        return dropped
+        channel.wait_ended(_IDLE)
+        return len(tags)
 
     def delete(self, user: str) -> int:
         """Delete the inbox with its messages (`queue.delete`), and with it the user's exchange; return how many.

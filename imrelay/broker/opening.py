@@ -24,9 +24,7 @@ _OTHER_EXPIRY = re.compile(r"inequivalent arg 'x-expires'(?:.*current is .*?(\d+
 _UNREADABLE_EXPIRY = 2.0
 
 
-def methods_for(
-    topology: Topology, users: Iterable[tuple[str, Keep]], *, create: bool
-) -> list[Method]:
+def methods_for(topology: Topology, users: Iterable[tuple[str, Keep]], *, create: bool) -> list[Method]:
     """Return what makes sure of inboxes in one round trip; each is answered by one `queue.declare-ok`, or two.
 
     They open an inbox that is not there, or without `create` have it

@@ -1,8 +1,8 @@
 """A subscription: what one channel brings for one consumer, from the inbox and from a live queue.
 
-    deliveries --> mailbox        there is room, and nothing older is on its way
-               --> set aside      it stands by, and it is not yet clear what comes first: see `live`
-               --> sent back      there is no room: see `overflow`
+deliveries --> mailbox        there is room, and nothing older is on its way
+           --> set aside      it stands by, and it is not yet clear what comes first: see `live`
+           --> sent back      there is no room: see `overflow`
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ _BEGINNING = 0.5
 _SETTLING = 0.1
 #: Seconds without a delivery after which what was sent back is held for gone.
 _RETURNING = 5.0
-#: Largest message of a browser unless `max_message_size` says otherwise, in bytes.
-_USUAL_MOST = 65_536
+#: Messages under way to a socket from an inbox that may be a quorum queue: as many for every socket of every
+#: relay, whatever its settings. One that asked for fewer than the one before it would get the oldest of what that
+#: one has left, and leave them behind the others.
+_FEW = 16
+#: Room for each of those, in bytes: a browser's message at the default `max_message_size`, and what goes into it.
+_ROOM = 65_536 + 1_024
 #: `channel.close` code of AMQP 0-9-1.
 _INTERNAL_ERROR = 541
 
@@ -116,13 +120,14 @@ class Subscription:
 
         Blocks for one round trip, or two. `is_counted`: the broker counts who stands by. `sends_back`: what there
         is no room for may be sent back. `keeps_order`: that keeps its place in the inbox, whatever happens after;
-        of another one no more is asked than there is room for, as long as messages are not unusually large.
+        another one is asked for few messages, and there is room for them unless they are unusually large.
         Raises `ChannelLost`.
         """
         self._channel = channel
         self._sends_back = sends_back
         if not keeps_order:
-            prefetch = max(1, min(prefetch, self._mailbox.budget // _USUAL_MOST))
+            prefetch = _FEW
+            self._mailbox.budget = max(self._mailbox.budget, _FEW * _ROOM)
         self._hurry_from = prefetch // 2
         self._first = None if is_counted else Event()
         ask = topology.ask_inbox(self._user)

@@ -100,8 +100,8 @@ class Topology:
     def takes_back_in_order(self, keep: Keep) -> bool:
         """Whether what a consumer had keeps its place whenever it is given back: in a classic queue.
 
-        A quorum queue takes back what a consumer that ends had in the order of its deliveries, and what was sent
-        back before and came again is among the last of those (3.10.8).
+        A quorum queue puts what it takes back behind all else that it has taken back and not delivered again, and
+        takes back what a consumer that ends had in the order of its deliveries (3.10.8, 4.0.5).
         """
         return self.takes_back(keep) and not self.is_replicated
 
