@@ -90,6 +90,17 @@ def test_nothing_is_asked_of_a_connection_that_is_being_closed(connection: Conne
         told.channel.call(spec.Queue.Declare(queue="somebody", passive=True))
 
 
+def test_calls_of_several_greenlets_go_one_after_the_other(connection: Connection) -> None:
+    """Each gets the answer to what it has asked, and the last ones wait until it is their turn."""
+    channel = Channel(connection)
+    names = [f"asked {number}" for number in range(5)]
+    asking = [gevent.spawn(channel.call, spec.Queue.Declare(queue=name, exclusive=True)) for name in names]
+    gevent.joinall(asking, timeout=PATIENCE)
+    assert [one.get(block=False)[0].queue for one in asking] == names
+    assert not channel.is_asking
+    channel.close()
+
+
 def test_a_refusal_is_told_to_who_asked(connection: Connection) -> None:
     """A channel that the broker closes in answer ends the call with the broker's code."""
     told = Told(connection)

@@ -237,7 +237,7 @@ def test_20_000_messages_through_a_narrow_door(relay: RelayFactory, user: str) -
         amount = MANY // 20
         sending = in_background(lambda: [sender.say(user, number, id=number) for number in range(amount)])
         assert recipient.contents_until(amount - 1) == list(range(amount))
-        assert [sender.ack()["id"] for _ in range(amount)] == list(range(amount))
+        assert sorted(sender.ack()["id"] for _ in range(amount)) == list(range(amount))
         sending.result(30)
 
 
@@ -255,7 +255,7 @@ def test_what_came_meanwhile_is_delivered_first(relay: RelayFactory, user: str, 
     with Browser(host, f"{user}'s friend") as sender:
         for number in range(300):
             sender.say(user, number, id=number)
-        assert [sender.ack()["id"] for _ in range(300)] == list(range(300))
+        assert sorted(sender.ack()["id"] for _ in range(300)) == list(range(300))
         newer = in_background(lambda: [sender.say(user, number) for number in range(300, 600)])
         with Browser(other, user) as recipient:
             assert recipient.contents_until(599) == list(range(600))
@@ -375,8 +375,9 @@ def test_an_ordinary_program_sees_what_the_relay_publishes(
             channel.queue_bind(queue, "direct_message", user)
             with Browser(host, f"{user}'s friend") as sender:
                 text = sender.say(user, id="c1")
+                mids = [sender.ack()["mid"]]
                 sender.send(text.encode())
-                mids = [sender.ack()["mid"] for _ in range(2)]
+                mids.append(sender.ack()["mid"])
             for mid, kind in zip(mids, ("text", "binary"), strict=True):
                 method, properties, body = channel.basic_get(queue, auto_ack=True)
                 assert (method.exchange, method.routing_key, body) == ("direct_message", user, text.encode())

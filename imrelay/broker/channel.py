@@ -47,14 +47,14 @@ _NO_REPLIES: list[Method] = []
 
 
 class Channel:
-    """One AMQP channel, owned by one greenlet; what is called from the hub says so.
+    """One AMQP channel; what is called from the hub says so.
 
     `on_delivery` (or `on_message`, which gets the delivery tag, all properties and the body), `on_cancel` (the
     broker has ended a consumer: `basic.cancel`) and `on_lost` are called in the hub and may only hand over.
     `on_lost` is called once, whoever ended the channel, unless `close` did.
     """
 
-    __slots__ = ("_awaited", "_connection", "_ended", "_on_lost", "_pika", "_replies", "lost")
+    __slots__ = ("_awaited", "_connection", "_ended", "_idle", "_on_lost", "_pika", "_replies", "lost")
 
     def __init__(
         self,
@@ -72,6 +72,8 @@ class Channel:
         self._on_lost = on_lost
         self._replies = _NO_REPLIES
         self._awaited: AsyncResult | None = None
+        #: Set when the call that is under way has ended, where another greenlet waits for that.
+        self._idle: Event | None = None
         self._ended: Event | None = None
         self._pika = connection.open_channel()
         connection.channels += 1
@@ -81,12 +83,22 @@ class Channel:
         self._pika.on_crossed = self._on_crossed
         self._pika.add_on_close_callback(self._on_close)
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether an answer is awaited, so that another `call` would wait for it."""
+        return self._awaited is not None
+
     def call(self, *methods: Method) -> list[Method]:
         """Send the methods and block until the broker has answered each that is not `nowait`.
 
-        One greenlet at a time. Returns the answers in that order. Raises `ChannelLost`, with the broker's reply
-        code where it refused one; also where it does not answer within `ANSWER_TIMEOUT`: that closes the channel.
+        Calls of several greenlets go one after the other. Returns the answers in the order of the methods. Raises
+        `ChannelLost`, with the broker's reply code where it refused one; also where it does not answer within
+        `ANSWER_TIMEOUT`: that closes the channel.
         """
+        while self._awaited is not None:
+            if self._idle is None:
+                self._idle = Event()
+            self._idle.wait()
         if self.lost is not None:
             raise self.lost
         if self._pika.is_closing:  # what followed channel.close would cost the whole connection (504)
@@ -118,6 +130,9 @@ class Channel:
             self._replies = _NO_REPLIES
             self._pika.awaited = ()
             self._pika.on_reply = None
+            if self._idle is not None:
+                self._idle.set()
+                self._idle = None
 
     def send(self, method: Method) -> None:
         """Send a method that has no answer; does nothing on a lost channel. May be called from the hub."""

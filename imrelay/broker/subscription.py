@@ -35,7 +35,7 @@ _PROMOTION_PAUSES = (0.02, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5)
 _BEGINNING = 0.5
 #: Seconds after a live queue is bound in which its messages are set aside, lest the inbox begins with older ones.
 _SETTLING = 0.1
-#: Seconds without a delivery after which what was sent back is held for gone.
+#: Seconds without a delivery after which the broker is asked whether what was sent back is gone.
 _RETURNING = 5.0
 #: Messages under way to a socket from an inbox that may be a quorum queue: as many for every socket of every
 #: relay, whatever its settings. One that asked for fewer than the one before it would get the oldest of what that
@@ -57,6 +57,7 @@ class Subscription:
         "_channel",
         "_first",
         "_hurry_from",
+        "_inbox",
         "_is_begun",
         "_is_smooth",
         "_live",
@@ -82,6 +83,8 @@ class Subscription:
         self._channel: Channel | None = None
         #: Whether `begin` has ended, so that others may use the channel.
         self._is_begun = False
+        #: The name of the inbox.
+        self._inbox = ""
         #: Set by the first delivery, where that is waited for.
         self._first: Event | None = None
         #: The live queue, while there is one.
@@ -124,6 +127,7 @@ class Subscription:
         Raises `ChannelLost`.
         """
         self._channel = channel
+        self._inbox = topology.inbox(self._user)
         self._sends_back = sends_back
         if not keeps_order:
             prefetch = _FEW
@@ -316,15 +320,33 @@ class Subscription:
 
     def _run_watch(self, channel: Channel, overflow: Overflow) -> None:
         """Await no more what does not come back: it has expired or was thrown away meanwhile."""
-        while overflow and self._channel is channel:
-            before = overflow.awaited, self._newest
-            gevent.sleep(_RETURNING)
-            if self._channel is channel and overflow.awaited and before == (overflow.awaited, self._newest):
-                overflow.give_up()
-                if not self._mailbox.size:
-                    self._on_room()
-                self._end_overflow()
+        try:
+            while overflow and self._channel is channel:
+                before = overflow.awaited, self._newest
+                gevent.sleep(_RETURNING)
+                if overflow.awaited and self._is_silent(channel, overflow, before):
+                    overflow.give_up()
+                    if not self._mailbox.size:
+                        self._on_room()
+                    self._end_overflow()
+        except ChannelLost as lost:
+            if self._channel is channel:  # else the owner knows
+                self._on_fault(lost)
         overflow.is_watched = False
+
+    def _is_silent(self, channel: Channel, overflow: Overflow, before: tuple[int, int]) -> bool:
+        """Tell whether nothing came since `before`, though the broker has answered: it may only have been slow.
+
+        An answer of a queue comes behind its deliveries. The second one because RabbitMQ lets a consumer have more
+        a moment after it was told that there is room.
+        """
+        for pause in (_SETTLING, 0):
+            if self._channel is not channel or before != (overflow.awaited, self._newest) or channel.is_asking:
+                return False
+            queue = self._inbox if overflow is self._overflow or self._live is None else self._live.name
+            channel.call(spec.Queue.Declare(queue=queue, passive=True))
+            gevent.sleep(pause)
+        return self._channel is channel and before == (overflow.awaited, self._newest)
 
     def _settle(self, live: LiveQueue) -> None:
         """Deliver what came from the live queue at first, if the inbox has not begun to deliver meanwhile."""
