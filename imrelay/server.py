@@ -77,6 +77,7 @@ class Relay:
             wait_for_connection=self._consumers.wait_for_connection,
             publishing=self._publisher.connection,
             end_here=self._hub.end,
+            wait_given_back=self._consumers.wait_given_back,
         )
         self.desk = Desk(
             Services(

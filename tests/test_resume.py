@@ -11,7 +11,7 @@ import gevent
 import pika
 import pytest
 
-from imrelay.broker import relays
+from imrelay.broker import relays, reminders
 from imrelay.broker.connection import Connection
 from imrelay.broker.relays import RelayQueue
 from imrelay.mid import MessageIds
@@ -20,6 +20,7 @@ from tests.brokers import frozen
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import RelayProcess, VirtualHost, eventually, plain_environment
+from tests.proxy import Proxy
 from tests.test_v1 import V1, pinged, tell, wait_counts
 
 #: Guard against hanging, in seconds; no measure of speed.
@@ -365,7 +366,11 @@ def pair(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
     for _ in range(2):
         ends, incarnation = Ends(), MessageIds(lambda: 1.0).incarnation
         queue = RelayQueue(
-            incarnation, wait_for_connection=lambda: connection, publishing=connection, end_here=ends
+            incarnation,
+            wait_for_connection=lambda: connection,
+            publishing=connection,
+            end_here=ends,
+            wait_given_back=lambda user, timeout: True,
         )
         queue.start()
         made.append((queue, ends, incarnation))
@@ -403,7 +408,7 @@ def test_a_relay_that_is_gone_is_not_waited_for(
 def test_what_was_asked_over_a_lost_channel_is_not_waited_for(
     pair: list[tuple[RelayQueue, Ends, str]], connection: Connection
 ) -> None:
-    """When the connection goes, who waits goes on; both channels come back, and the next question is answered."""
+    """When the connection goes, who waits goes on; both channels come back, and it is asked again by itself."""
     (near, _, _), (_, far_ends, incarnation) = pair
     session = f"01M86BASS1{incarnation}000000"
     may_answer = gevent.event.Event()
@@ -414,7 +419,76 @@ def test_what_was_asked_over_a_lost_channel_is_not_waited_for(
     connection._wire._terminate_stream(ConnectionError("cut by the test"))
     asking.get()
     may_answer.set()
-    for queue, _, _ in pair:
-        eventually(lambda queue=queue: queue._receiver and queue._sender, sleep=gevent.sleep)
+    eventually(lambda: len(far_ends.asked) == 2, sleep=gevent.sleep)
+    eventually(lambda: not near._reminders._relays, sleep=gevent.sleep)
     near.end_session("ann", session)
-    assert far_ends.asked == [("ann", session)] * 2
+    assert far_ends.asked == [("ann", session)] * 3
+
+
+def test_a_relay_that_comes_back_is_asked_again(
+    broker: VirtualHost, pair: list[tuple[RelayQueue, Ends, str]]
+) -> None:
+    """What was asked while it had no queue is asked when it has one, of all its sessions; then no more."""
+    (near, _, _), (far, far_ends, incarnation) = pair
+    far.stop()
+    eventually(lambda: f"relay.{incarnation}" not in broker.queues(), sleep=gevent.sleep)
+    sessions = [f"01M86BASS1{incarnation}00000{number}" for number in range(3)]
+    for session in sessions * 2:
+        near.end_session("ann", session)
+    assert far_ends.asked == []
+    far.start()
+    eventually(lambda: len(far_ends.asked) >= 3, sleep=gevent.sleep)
+    eventually(lambda: not near._reminders._relays, sleep=gevent.sleep)
+    assert far_ends.asked == [("ann", session) for session in sessions]
+
+
+def test_a_relay_that_does_not_come_back_is_forgotten(
+    broker: VirtualHost, pair: list[tuple[RelayQueue, Ends, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked again for a minute, and no more than so many of them and of their sessions are remembered."""
+    monkeypatch.setattr(reminders, "_KEPT_FOR", 0.3)
+    monkeypatch.setattr(reminders, "_MAX_RELAYS", 2)
+    monkeypatch.setattr(reminders, "_MAX_SESSIONS", 3)
+    (near, _, _), _ = pair
+    for relay in range(4):
+        for number in range(5):
+            near.end_session("ann", f"01M86BASS1000000000{relay}00000{number}")
+    assert [len(sessions) for sessions in near._reminders._relays.values()] == [3, 3]
+    eventually(lambda: not near._reminders._relays, sleep=gevent.sleep)
+
+
+def test_a_relay_without_a_channel_waits_for_it_before_it_asks(pair: list[tuple[RelayQueue, Ends, str]]) -> None:
+    """Who has just lost its own link asks when it is back."""
+    (near, _, _), (_, far_ends, incarnation) = pair
+    assert near._sender is not None
+    near._sender._pika.connection._terminate_stream(ConnectionError("cut by the test"))
+    eventually(lambda: near._sender is None, sleep=gevent.sleep)
+    near.end_session("ann", f"01M86BASS1{incarnation}000000")
+    eventually(lambda: far_ends.asked, sleep=gevent.sleep)
+
+
+# -- a relay that has lost its link --------------------------------------------------------------------------
+
+
+def test_a_session_of_a_relay_that_has_lost_its_link_is_ended_when_that_is_back(
+    relay: RelayFactory, broker: VirtualHost, user: str
+) -> None:
+    """It looks like one that is gone: who resumes gets what was left at once; then the old session ends."""
+    with Proxy(broker.url) as proxy:
+        lost, other = relay(broker_url=proxy.url, clean=False), relay()
+        for host in (lost, other):
+            wait_until_ready(host)
+        with Browser(other, f"{user}'s friend") as friend, ExitStack() as stack:
+            old = stack.enter_context(Visit(lost, user))
+            for number in (1, 2):
+                tell(friend, user, number)
+            assert old.contents(2) == [1, 2]
+            proxy.cut()
+            proxy.reset()
+            new = stack.enter_context(Visit(other, user, resumes=old.session))
+            tell(friend, user, 3)
+            assert new.contents(3) == [1, 2, 3]
+            proxy.heal()
+            assert old.close_code() == 4409
+            tell(friend, user, 4)
+            assert new.contents(1) == [4]

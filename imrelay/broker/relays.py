@@ -7,8 +7,9 @@
     ended    {"session"}          there is no such session (any more)
 
 The incarnation of a process is part of the ids of its sessions, so that another one can reach it by the default
-exchange, with `mandatory`: what is returned says that the process is gone. All is published over the publishing
-connection and received over a consuming one, each on a channel of its own that comes back after every loss.
+exchange, with `mandatory`: what is returned says that the process is gone, or has lost its link; so it is asked
+again for a while. All is published over the publishing connection and received over a consuming one, each on a
+channel of its own that comes back after every loss.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 
 import gevent
-from gevent.event import Event
+from gevent.event import AsyncResult, Event
 from pika import spec
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
+from imrelay.broker.reminders import Reminders
 from imrelay.errors import ChannelLost
 from imrelay.forever import run_for_ever
 
@@ -44,6 +46,8 @@ _PREFETCH = 64
 _MAX_BODY = 65_536
 #: Longest time that a handshake waits for the end of the session that it resumes, in seconds.
 _END_TIMEOUT = 2.0
+#: The part of it for what has just lost its link: this relay's channel, or the other one's queue.
+_BACK_TIMEOUT = 0.5
 #: Pause after a channel was lost, and after the broker has refused one, in seconds.
 _LOST_PAUSE, _REFUSED_PAUSE = 0.1, 5.0
 
@@ -54,6 +58,7 @@ class RelayQueue:
     `wait_for_connection` blocks until there is a connection to consume on; it returns None where none will come.
     `end_here(user, session, timeout)` ends a session of this process, if it is one of this user, and
     blocks until the broker has back what it had not acknowledged, or for `timeout` seconds.
+    `wait_given_back(user, timeout)` blocks until nobody consumes from the user's inbox, or for `timeout` seconds.
     """
 
     def __init__(
@@ -63,16 +68,20 @@ class RelayQueue:
         wait_for_connection: Callable[[], Connection | None],
         publishing: Connection,
         end_here: Callable[[str, str, float], None],
+        wait_given_back: Callable[[str, float], bool],
     ) -> None:
         self._incarnation = incarnation
         self._wait_for_connection = wait_for_connection
         self._publishing = publishing
         self._end_here = end_here
+        self._wait_given_back = wait_given_back
         #: While there is one.
         self._receiver: Channel | None = None
         self._sender: Channel | None = None
-        #: Who waits for the end of a session, by its id.
-        self._waiting: dict[str, list[Event]] = {}
+        self._can_send = Event()
+        #: Who waits for the end of a session, by its id; told whether its relay has answered.
+        self._waiting: dict[str, list[AsyncResult]] = {}
+        self._reminders = Reminders(self._ask)
         self._refused = ""
         self._greenlets: list[gevent.Greenlet] = []
 
@@ -85,41 +94,53 @@ class RelayQueue:
     def stop(self) -> None:
         """Receive and send nothing more: who asks finds that this relay is gone. Blocks for a moment at most."""
         gevent.killall(self._greenlets)
+        self._reminders.stop()
 
     def end_session(self, user: str, session: str) -> None:
         """End a session of a user's on whatever relay, by the id that its welcome named.
 
-        Blocks until the broker has back what that session had not acknowledged, for `_END_TIMEOUT` at most; not at
-        all where its relay is gone, or nothing can be sent to it.
+        Blocks until the broker has back what that session had not acknowledged, for `_END_TIMEOUT` at most. Where
+        its relay cannot be reached, it is asked again for a minute. This blocks for `_BACK_TIMEOUT` then, unless
+        that relay is back earlier, or nobody consumes from the user's inbox.
         """
         incarnation = session[10:20]
         if incarnation == self._incarnation:
             self._end_here(user, session, _END_TIMEOUT)
             return
-        if self._sender is None or self._publishing.state is not State.OPEN:
+        until = time.monotonic() + _END_TIMEOUT
+        self._can_send.wait(_BACK_TIMEOUT)
+        if self._ask(user, session):
             return
-        with self._wait_for(session) as ended:
-            self._send(_QUEUE + incarnation, "end", session, user=user)
-            if self._receiver is not None:  # else no answer can come
-                ended.wait(_END_TIMEOUT)
+        ended = self._reminders.add(incarnation, user, session)
+        left = min(_BACK_TIMEOUT, until - time.monotonic())
+        if left > 0:
+            given_back = gevent.spawn(self._wait_given_back, user, left)
+            try:
+                gevent.wait([given_back, ended], timeout=left, count=1)
+            finally:
+                given_back.kill()
 
-    @contextmanager
-    def _wait_for(self, session: str) -> Iterator[Event]:
-        ended = Event()
-        self._waiting.setdefault(session, []).append(ended)
+    def _ask(self, user: str, session: str) -> bool:
+        """Ask the relay of a session to end it; block until it answers, and tell whether it has.
+
+        Returns early where it has no queue, or nothing can be sent to it or heard of it.
+        """
+        answer: AsyncResult = AsyncResult()
+        self._waiting.setdefault(session, []).append(answer)
         try:
-            yield ended
+            is_sent = self._send(_QUEUE + session[10:20], "end", session, user=user)
+            return is_sent and self._receiver is not None and bool(answer.wait(_END_TIMEOUT))
         finally:
             waiting = self._waiting[session]
-            waiting.remove(ended)
+            waiting.remove(answer)
             if not waiting:
                 del self._waiting[session]
 
-    def _send(self, queue: str, kind: str, session: str, **more: str) -> None:
-        """Say something to another relay; nothing where that cannot be now."""
+    def _send(self, queue: str, kind: str, session: str, **more: str) -> bool:
+        """Say something to another relay, where that can be now; tell whether it can."""
         sender = self._sender
         if sender is None or self._publishing.state is not State.OPEN:
-            return
+            return False
         properties = spec.BasicProperties(
             type=kind,
             content_type="application/json",
@@ -131,6 +152,8 @@ class RelayQueue:
             sender.publish_to_queue(queue, json.dumps({"session": session, **more}).encode(), properties)
         except ChannelLost as exc:
             logger.debug("nothing could be said to %s: %s", queue, exc)
+            return False
+        return True
 
     def _run_receiver(self) -> None:
         while True:
@@ -191,21 +214,23 @@ class RelayQueue:
         try:
             channel.confirm(lambda tag, multiple, accepted: None, self._on_return)
             self._sender = channel
+            self._can_send.set()
             if channel.lost is None:
                 over.wait()
         finally:
             self._sender = None
+            self._can_send.clear()
             channel.close()
             for session in list(self._waiting):  # what was asked may not have left
-                self._tell(session)
+                self._tell(session, has_answered=False)
 
     def _on_return(self, session: str | None) -> None:
-        """There is no such queue, so that relay is gone; in the hub."""
-        self._tell(session or "")
+        """There is no such queue, so that relay is gone, or about to come back; in the hub."""
+        self._tell(session or "", has_answered=False)
 
-    def _tell(self, session: str) -> None:
-        for ended in self._waiting.get(session, ()):
-            ended.set()
+    def _tell(self, session: str, *, has_answered: bool) -> None:
+        for answer in self._waiting.get(session, ()):
+            answer.set(has_answered)
 
     def _on_message(self, channel: Channel, tag: int, properties: spec.BasicProperties, body: bytes) -> None:
         """Take a message, in the hub; at most `_PREFETCH` are not yet acknowledged."""
@@ -231,6 +256,6 @@ class RelayQueue:
                 if _NAME.fullmatch(properties.reply_to or ""):
                     self._send(properties.reply_to, "ended", session)
             case "ended", {"session": str(session)}:
-                self._tell(session)
+                self._tell(session, has_answered=True)
             case kind, _:
                 logger.debug("a message of type %s to this relay was not understood", ascii(kind))

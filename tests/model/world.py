@@ -52,12 +52,8 @@ class World(Driver):
         )
         if resumed is not None:
             tab.session.resumes = resumed.session
-            between = {relay, resumed.session.relay}
-            if len(between) == 1 or not any(self.history.disturbances[one] for one in between):
-                self._end(resumed, lossy=True)  # by the relay; its browser does not know
-                self._ghosts.append(resumed.wire)
-            else:  # of two relays, one that has just lost its link tells the other nothing, or hears nothing
-                self._drop(resumed)
+            self._end(resumed, lossy=True)  # by the relay; its browser does not know
+            self._ghosts.append(resumed.wire)
         self.tabs.append(tab)
         self._read(tab)  # the welcome may have come with the answer to the handshake
         if v1:
