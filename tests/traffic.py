@@ -53,6 +53,8 @@ class _Sent:
     number: int
     #: Whether its socket ended before an answer came: it may have arrived or not.
     orphaned: bool = False
+    #: It was on its way when it was declared that it may be lost.
+    excused: bool = False
     answers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -431,8 +433,16 @@ class Traffic:
             if client.to and sent.sender == client.user and not sent.answers:
                 sent.orphaned = True
 
+    def excuse(self, user: str) -> int:
+        """Do not miss what is on its way to a user now; return how many messages that is."""
+        with self.lock:
+            under_way = [sent for sent in self.sent.values() if sent.to == user and self._is_missing(sent)]
+            for sent in under_way:
+                sent.excused = True
+            return len(under_way)
+
     def _missing(self) -> list[_Sent]:
-        return [sent for sent in self.sent.values() if sent.acked and self._is_missing(sent)]
+        return [sent for sent in self.sent.values() if sent.acked and not sent.excused and self._is_missing(sent)]
 
     def _is_missing(self, sent: _Sent) -> bool:
         """Tell whether none of its recipient's sockets has it, where there are any."""
