@@ -59,6 +59,7 @@ class Consumer:
         "_leaving",
         "_mailbox",
         "_subscription",
+        "_was_attached",
         "failures",
         "is_attached",
         "user",
@@ -73,6 +74,8 @@ class Consumer:
         self._keeper = keeper
         self._mailbox = mailbox
         self._closed = False
+        #: Whether the broker has ever delivered to it.
+        self._was_attached = False
         #: Whether the inbox is a classic queue: what a channel had is back there when its end is confirmed.
         self._is_counted = True
         #: The channel that was closed last.
@@ -178,6 +181,7 @@ class Consumer:
                     is_counted=self._is_counted,
                     sends_back=topology.takes_back(keep),
                     keeps_order=topology.takes_back_in_order(keep),
+                    is_again=self._was_attached,
                 )
                 break
             except ChannelLost as exc:
@@ -190,7 +194,7 @@ class Consumer:
             except BaseException:
                 self._leave()
                 raise
-        self.is_attached = True
+        self.is_attached = self._was_attached = True
         self.failures = 0
         if self._attached is not None:
             self._attached.set()

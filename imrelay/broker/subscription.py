@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import gevent
@@ -35,6 +36,8 @@ _PROMOTION_PAUSES = (0.02, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5)
 _BEGINNING = 0.5
 #: Seconds after a live queue is bound in which its messages are set aside, lest the inbox begins with older ones.
 _SETTLING = 0.1
+#: Longest time that what comes from a live queue is set aside because the inbox has no leader, in seconds.
+_LEADERLESS = 10.0
 #: Seconds without a delivery after which the broker is asked whether what was sent back is gone.
 _RETURNING = 5.0
 #: Messages under way to a socket from an inbox that may be a quorum queue: as many for every socket of every
@@ -118,10 +121,12 @@ class Subscription:
         is_counted: bool,
         sends_back: bool,
         keeps_order: bool,
+        is_again: bool,
     ) -> None:
         """Consume from the inbox, and from a live queue unless this is known to be the active consumer.
 
-        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by. `sends_back`: what there
+        Blocks for one round trip, or two. `is_counted`: the broker counts who stands by, and what another channel
+        of this socket had is back, if it had one (`is_again`). `sends_back`: what there
         is no room for may be sent back. `keeps_order`: that keeps its place in the inbox, whatever happens after;
         another one is asked for few messages, and there is room for them unless they are unusually large.
         Raises `ChannelLost`.
@@ -141,6 +146,7 @@ class Subscription:
         self._check(channel)
         is_alone = not before.consumer_count
         if self._first is not None:
+            is_alone = is_alone or is_again  # the one that is counted may be the lost one
             if is_alone and before.message_count:
                 self._first.wait(_BEGINNING)
                 self._check(channel)
@@ -154,8 +160,10 @@ class Subscription:
             self._end_overflow()
         elif live.held is not None:
             self._promote(channel, live)
-        elif is_alone:
+        elif is_alone and after.consumer_count:
             gevent.spawn_later(_SETTLING, self._settle, live)
+        elif is_alone:
+            gevent.spawn(self._run_settling, channel, live, ask).name = f"settling:{self._user}"
 
     def _stand_by(self, channel: Channel, topology: Topology, ask: Method, is_alone: bool) -> None:
         # All in one, and the consumer before the binding: a live queue that never had a consumer would outlive its
@@ -347,6 +355,22 @@ class Subscription:
             channel.call(spec.Queue.Declare(queue=queue, passive=True))
             gevent.sleep(pause)
         return self._channel is channel and before == (overflow.awaited, self._newest)
+
+    def _run_settling(self, channel: Channel, live: LiveQueue, ask: Method) -> None:
+        """Settle when the inbox counts its consumer: a quorum queue without a leader counts and gives nothing."""
+        until = time.monotonic() + _LEADERLESS
+        try:
+            for pause in itertools.chain(_PROMOTION_PAUSES, itertools.repeat(_PROMOTION_PAUSES[-1])):
+                if self._live is not live or live.held is not None:  # it gives
+                    return
+                if channel.call(ask)[0].consumer_count or time.monotonic() > until:
+                    break
+                gevent.sleep(pause)
+            gevent.sleep(_SETTLING)
+            self._settle(live)
+        except ChannelLost as lost:
+            if self._channel is channel:  # else the owner knows
+                self._on_fault(lost)
 
     def _settle(self, live: LiveQueue) -> None:
         """Deliver what came from the live queue at first, if the inbox has not begun to deliver meanwhile."""

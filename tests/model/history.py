@@ -342,6 +342,7 @@ class History:
         """Return the message of these bytes that a session got; where there are several, one that is new to it."""
         known = self._by_body.get(body, [])
         new = [message for message in known if message.to == session.user and not session.has_seen(message)]
+        new.sort(key=lambda message: not message.is_own and message.confirmed_at is None)  # may be nowhere
         fresh = [m for m in new if session.epochs and m.sent_at >= session.epochs[-1].start]
         unseen = [m for m in new if not any(other.has_seen(m) for other in self.sessions)]
         mine = [message for message in known if message.to == session.user]
