@@ -402,6 +402,7 @@ def test_a_relay_that_is_gone_is_not_waited_for(
     far.stop()
     eventually(lambda: f"relay.{incarnation}" not in broker.queues(), sleep=gevent.sleep)
     near.end_session("ann", f"01M86BASS1{incarnation}000000")
+    near._reminders.stop()  # which ask again
     assert near._waiting == {}
 
 
