@@ -29,7 +29,7 @@ FOREIGN: dict[str, tuple[str | bytes, dict[str, Any]]] = {
     "empty": ("", {}),
     "odd": (
         "odd %d",
-        {"headers": {"x": [1, {"y": b"\xff"}]}, "priority": 9, "type": "letter", "correlation_id": "\u00fc"},
+        {"headers": {"x": [1, {"y": b"\xff"}]}, "priority": 4, "type": "letter", "correlation_id": "\u00fc"},
     ),
 }
 
