@@ -43,7 +43,7 @@ class Outside:
 
     def publish(self, to: str, body: bytes, properties: dict[str, Any]) -> bool:
         """Publish as any program may; tell whether the broker has taken it and found somebody to give it to."""
-        made = pika.BasicProperties(**properties)
+        made = pika.BasicProperties(delivery_mode=2, **properties)  # it outlives the broker
         try:
             self._open().basic_publish("direct_message", to, body, made, mandatory=True)
         except (UnroutableError, NackError):
