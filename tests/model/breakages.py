@@ -267,14 +267,6 @@ BREAKAGES: tuple[Breakage, ...] = (
         "            again = None\n",
     ),
     Breakage(
-        "expired-not-withdrawn",
-        _PUBLISHER,
-        "            if publication.done:\n"
-        "                self._detours.skip(publication)\n"
-        "                continue\n",
-        "",
-    ),
-    Breakage(
         "binary-lost",
         _PUBLISHER,
         "encode(publication.mid, publication.binary, publication.body)",
