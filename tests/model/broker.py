@@ -17,6 +17,8 @@ __all__ = ["FOREIGN", "Outside"]
 
 #: Seconds that the administrator waits for a node that is coming back.
 _PATIENCE = 60.0
+#: How the names of the queues begin that outlive a user's connections here.
+_KEPT = ("inbox.", "audit.")
 #: Kind -> (body of message number {n}, properties) of another program's message; none has `app_id`.
 FOREIGN: dict[str, tuple[str | bytes, dict[str, Any]]] = {
     "own id": ('{"content":%d}', {"message_id": "foreign-%d"}),
@@ -88,10 +90,16 @@ class Outside:
 
     def forget(self, users: Sequence[str]) -> None:
         """Delete what stands on the broker for users that do not come again."""
+        self._delete([f"{kind}{user}" for user in users for kind in _KEPT])
+
+    def forget_all(self) -> None:
+        """Delete it for all users, also what was made again since: by a message that was under way at the end."""
+        self._delete([name for name in self._vhost.queues() if name.startswith(_KEPT)])
+
+    def _delete(self, queues: Sequence[str]) -> None:
         channel = self._open()
-        for user in users:
-            channel.queue_delete(f"inbox.{user}")
-            channel.queue_delete(f"audit.{user}")
+        for name in queues:
+            channel.queue_delete(name)
 
     def close(self) -> None:
         """Close its connection."""

@@ -149,18 +149,19 @@ def _soak(stage: Stage, vhost: VirtualHost, seconds: float, first: int) -> int:
         number += 1
         if time.monotonic() - told >= _INTERVAL:
             told = time.monotonic()
-            row = _at_rest(fleet, vhost)
+            row = _at_rest(stage, vhost)
             figures.add(told - begun, row)
             print(_line(told - begun, stage, row), flush=True)
     return _conclude(stage, figures, number - first)
 
 
-def _at_rest(fleet: Fleet, vhost: VirtualHost) -> dict[str, float]:
-    """Measure when the channels of the last example have gone."""
+def _at_rest(stage: Stage, vhost: VirtualHost) -> dict[str, float]:
+    """Measure when the channels of the last example have gone, and the inboxes of all examples."""
     for name in WITNESSES:
-        fleet.get(name).wait_until_ready()
+        stage.fleet.get(name).wait_until_ready()
     eventually(lambda: not any(queue["consumers"] for queue in vhost.user_queues().values()), 30)
-    return measure(fleet, vhost)
+    stage.outside.forget_all()
+    return measure(stage.fleet, vhost)
 
 
 def _line(seconds: float, stage: Stage, row: dict[str, float]) -> str:
