@@ -13,7 +13,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from imrelay.broker import wire
+import pika
+
+from imrelay.broker.inbound import Inbound
+from imrelay.broker.outbound import Outbound
 from imrelay.websocket import wire as websocket_wire
 
 counts: Counter[str] = Counter()
@@ -30,9 +33,9 @@ def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    wire.decode_frame = counted("decoded by pika", wire.decode_frame)
-    wire.Wire.flush = counted("amqp writes", wire.Wire.flush)
-    wire.Wire._on_data_available = counted("amqp reads", wire.Wire._on_data_available)
+    pika.frame.decode_frame = counted("decoded by pika", pika.frame.decode_frame)
+    Outbound.flush = counted("amqp writes", Outbound.flush)  # type: ignore[method-assign]
+    Inbound.feed = counted("amqp reads", Inbound.feed)  # type: ignore[method-assign]
     websocket_wire.Wire._write = counted("websocket writes", websocket_wire.Wire._write)
     websocket_wire.Wire._on_readable = counted("websocket reads", websocket_wire.Wire._on_readable)
     status = main()

@@ -1,4 +1,4 @@
-"""The short way for AMQP frames says exactly what pika's codec says, and leaves to pika what it does not know."""
+"""The short way for AMQP frames says exactly what pika's codec says, and leaves alone what it does not know."""
 
 from __future__ import annotations
 
@@ -173,19 +173,19 @@ def test_a_part_is_left_until_the_rest_is_there(octets: bytes) -> None:
         frame.Header(3, 5, spec.BasicProperties()).marshal(),
     ],
 )
-def test_other_frames_are_left_to_pika(octets: bytes) -> None:
+def test_other_frames_are_left_alone(octets: bytes) -> None:
     """A frame that is neither a delivery nor a confirm is not touched."""
     assert take(octets + b"rest of the buffer", 0, BODY_MAX) is None
 
 
-def test_a_message_of_several_frames_is_left_to_pika() -> None:
-    """A body that is larger than one frame is put together by pika."""
+def test_a_message_of_several_frames_is_left_alone() -> None:
+    """A body that is larger than one frame is put together elsewhere: see test_inbound."""
     assert take(pika_delivery(b"x" * 101, OURS), 0, 100) is None
 
 
 @settings(max_examples=2000)
 @given(st.data())
-def test_broken_frames_are_left_to_pika(data: st.DataObject) -> None:
+def test_broken_frames_are_left_alone(data: st.DataObject) -> None:
     """Whatever octet is wrong, the short way raises nothing and takes no more than is there."""
     octets = bytearray(pika_delivery(b"hello", OURS) + frame.Method(1, spec.Basic.Ack(9)).marshal())
     at = data.draw(st.integers(0, len(octets) - 1))

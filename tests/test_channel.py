@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import gevent
 import pytest
 from pika import spec
-from pika.exceptions import ChannelClosedByBroker
-from pika.frame import Method as Frame
 
 from imrelay.broker import channel as channel_module
 from imrelay.broker.channel import Channel
@@ -83,9 +80,9 @@ def test_an_answer_that_comes_after_the_close_is_not_told(
 def test_nothing_is_asked_of_a_connection_that_is_being_closed(connection: Connection) -> None:
     """What followed connection.close would never be answered: who asks is told at once."""
     told = Told(connection)
-    wire = connection._wire
-    assert wire is not None
-    wire.close()
+    adapter = connection._adapter
+    assert adapter is not None
+    adapter.shut_down()
     with pytest.raises(ChannelLost):
         told.channel.call(spec.Queue.Declare(queue="somebody", passive=True))
 
@@ -128,41 +125,34 @@ def test_who_gets_no_answer_is_told_in_time(
     assert connection.is_open
 
 
-class FakePika:
-    """Stands for pika's channel, so that a test says what one read of the connection brings."""
+class FakeAdapter:
+    """Stands for an adapter, so that a test says what one read of the connection brings."""
 
-    on_delivery = on_cancel = on_confirm = on_reply = on_crossed = None
-    is_closing, is_open, channel_number = False, True, 1
-    awaited: Sequence[Any] = ()
+    is_open = True
 
     def __init__(self) -> None:
-        self.connection = SimpleNamespace(is_open=True, emit=lambda frames: None)
-        self.on_end: Any = None
+        self.channels: dict[int, Channel] = {}
+        self.outbound = SimpleNamespace(emit=lambda frames: None)
 
-    def add_on_close_callback(self, callback: Any) -> None:
-        """Remember who is to be told of the end."""
-        self.on_end = callback
+    def add_channel(self, channel: Channel) -> tuple[FakeAdapter, int]:
+        """Take a channel, as a connection does."""
+        self.channels[1] = channel
+        return self, 1
 
-    def close(self) -> None:
-        """Begin to close; the answer never comes."""
-
-
-def fake_channel(**callbacks: Any) -> tuple[Channel, FakePika]:
-    """Return a channel on a fake."""
-    pika = FakePika()
-    return Channel(cast(Connection, SimpleNamespace(open_channel=lambda: pika, channels=0)), **callbacks), pika
+    def forget_channel(self, number: int) -> None:
+        """Let go of it."""
+        del self.channels[number]
 
 
 def test_a_refusal_right_behind_an_answer_is_told() -> None:
     """One read brings an answer and then the channel's end: who asked for two is told, and does not wait on."""
-    channel, pika = fake_channel()
+    channel = Channel(cast(Connection, FakeAdapter()))
     asking = gevent.spawn(channel.call, spec.Exchange.Declare(exchange="e"), spec.Queue.Declare(queue="q"))
     gevent.sleep(0)
 
     def read() -> None:
-        assert pika.on_reply is not None
-        pika.on_reply(spec.Exchange.DeclareOk())
-        pika.on_end(pika, ChannelClosedByBroker(406, "no"))
+        channel.receive_method(spec.Exchange.DeclareOk())
+        channel.receive_method(spec.Channel.Close(406, "no", 0, 0))
 
     gevent.get_hub().loop.run_callback(read)
     with gevent.Timeout(PATIENCE), pytest.raises(ChannelLost) as refused:
@@ -173,37 +163,9 @@ def test_a_refusal_right_behind_an_answer_is_told() -> None:
 def test_a_cancel_after_the_close_is_not_told() -> None:
     """A late cancel of a closed channel would end the one that has taken its place."""
     cancelled: list[bool] = []
-    channel, pika = fake_channel(on_cancel=lambda: cancelled.append(True))
-    assert pika.on_cancel is not None
+    channel = Channel(cast(Connection, FakeAdapter()), on_cancel=lambda: cancelled.append(True))
+    channel.receive_method(spec.Basic.Cancel("inbox"))
+    assert cancelled == [True]
     channel.close()
-    assert pika.on_cancel is None
-
-
-def test_a_close_of_both_sides_at_once_ends_the_channel() -> None:
-    """RabbitMQ does not always answer a `channel.close` that its own has crossed: nobody waits for that."""
-    channel, pika = fake_channel()
-    asking = gevent.spawn(channel.call, spec.Queue.Declare(queue="q"))
-    gevent.sleep(0)
-    channel.close()
-
-    def read() -> None:
-        assert pika.on_crossed is not None
-        pika.on_crossed(406, "no")
-
-    gevent.get_hub().loop.run_callback(read)
-    with gevent.Timeout(PATIENCE), pytest.raises(ChannelLost, match="406 no"):
-        asking.get()
-    assert channel.wait_ended(PATIENCE)
-
-
-def test_pika_tells_of_a_close_that_crosses_its_own(connection: Connection) -> None:
-    """The way there: what pika takes from the broker while it waits for the answer to its own close."""
-    channel = Channel(connection)
-    channel.call(spec.Exchange.Declare(exchange="amq.direct", passive=True))
-    number = channel._pika.channel_number
-    channel.close()
-    crossing = Frame(number, spec.Channel.Close(406, "no", 0, 0))
-    gevent.get_hub().loop.run_callback(channel._pika._on_close_from_broker, crossing)
-    assert channel.wait_ended(PATIENCE)
-    assert channel.lost is not None
-    assert channel.lost.reply_code == 406
+    channel.receive_method(spec.Basic.Cancel("inbox"))
+    assert cancelled == [True]

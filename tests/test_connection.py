@@ -68,7 +68,7 @@ def test_who_fails_to_take_a_state_does_not_disturb_the_connection(broker_url: s
     made.start()
     assert made.wait_open(PATIENCE)
     states.came[State.OPEN].clear()
-    made._wire._terminate_stream(RuntimeError("lost"))
+    made._adapter.abort(RuntimeError("lost"))
     assert states.came[State.OPEN].wait(PATIENCE)
     made.close()
     assert made.is_closed
@@ -93,7 +93,7 @@ def test_a_fault_while_it_is_open_leaves_no_second_connection(
     made.start()
     assert made.wait_open(PATIENCE)
     states.came[State.OPEN].clear()
-    made._wire._terminate_stream(RuntimeError("lost"))
+    made._adapter.abort(RuntimeError("lost"))
     assert states.came[State.OPEN].wait(PATIENCE)
     assert failed.is_set()
     assert states.seen[-3:] == [State.WAITING, State.CONNECTING, State.OPEN]
@@ -150,7 +150,7 @@ def test_when_one_connection_opens_the_others_of_the_relay_try_at_once(
     monkeypatch.setattr(module, "_pause", lambda tries: PATIENCE * 100)
     way.is_away = True
     for made in (publish, consume):
-        made._wire._terminate_stream(RuntimeError("lost"))
+        made._adapter.abort(RuntimeError("lost"))
     wait_for(lambda: publish._is_backing_off and consume._is_backing_off)
     way.is_away = False
     gevent.sleep(0.05)
@@ -170,7 +170,7 @@ def test_hurrying_disturbs_only_who_backs_off(broker_url: str, monkeypatch: pyte
     gevent.sleep(0.01)
     assert made.is_open
     monkeypatch.setattr(module.random, "uniform", lambda least, most: PATIENCE * 100)
-    made._wire._terminate_stream(RuntimeError("lost"))
+    made._adapter.abort(RuntimeError("lost"))
     wait_for(lambda: made.state is State.WAITING)
     for _ in range(10):
         made.hurry()

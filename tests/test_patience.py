@@ -43,16 +43,17 @@ class Publishing:
 
     def be_patient(self) -> None:
         """Have the kernel keep quiet, for good."""
-        wire = self._connection._wire
-        assert wire is not None
-        wire._set_patience(True)
+        adapter = self._connection._adapter
+        assert adapter is not None
+        adapter.set_patience(True)
 
     @property
     def is_patient(self) -> bool:
         """Whether a few bytes would not wake the process."""
-        wire = self._connection._wire
-        assert wire is not None
-        return bool(wire._raw.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) > 1)
+        adapter = self._connection._adapter
+        assert adapter is not None
+        assert adapter._stream is not None
+        return bool(adapter._stream._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) > 1)
 
 
 def test_what_nobody_waits_for_is_read_a_little_later(connection: Connection) -> None:

@@ -417,7 +417,7 @@ def test_what_was_asked_over_a_lost_channel_is_not_waited_for(
     pair[1][0]._end_here = lambda *arguments: (answer(*arguments), may_answer.wait())[0]
     asking = gevent.spawn(near.end_session, "ann", session)
     eventually(lambda: far_ends.asked, sleep=gevent.sleep)
-    connection._wire._terminate_stream(ConnectionError("cut by the test"))
+    connection._adapter.abort(ConnectionError("cut by the test"))
     asking.get()
     may_answer.set()
     eventually(lambda: len(far_ends.asked) == 2, sleep=gevent.sleep)

@@ -178,13 +178,12 @@ def test_a_broker_that_stops_makes_nothing_grow(broker: VirtualHost, how: str) -
         (proxy.cut if how == "frozen" else proxy.stall)()
         channel = publisher._channel
         assert channel is not None
-        wire = channel._pika.connection
         for number in range(3 * size):
             with suppress(BrokerUnavailable):  # no room in time
                 sender.send("gus", f"m{number}", body)
             assert len(publisher._under_way) <= size
             assert publisher._ledger.held_bytes <= size * len(body)
-            assert wire._transport.get_write_buffer_size() <= 65_536 + len(body)
+            assert channel._outbound.unsent_bytes <= 65_536 + len(body)
         answers = dict(sender.wait())
         del answers["first"]
         assert all(isinstance(error, BrokerUnavailable) for error in answers.values())

@@ -1,29 +1,32 @@
-"""A blocking face on a channel of pika's GeventConnection.
+"""One AMQP channel of an `Adapter`: a blocking face for its owner, and what arrives for it.
 
-pika calls back in the hub, where nothing may block; a greenlet that uses this face simply waits. Requests are
-pipelined: all methods of one `call` go out together and take one round trip, `channel.open` among them.
+What arrives is taken where the connection is read, and nothing there may block; a greenlet that uses this face
+simply waits. Requests are pipelined: all methods of one `call` go out together and take one round trip,
+`channel.open` among them.
+
+OPENING --channel.open-ok--> OPEN --close--> CLOSING --channel.close-ok--> CLOSED
+   any of them --channel.close of the broker's, end of the connection--> CLOSED
 """
 
 from __future__ import annotations
 
+import enum
+import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 from gevent.event import AsyncResult, Event
 from pika import spec
 from pika.amqp_object import Method
-from pika.channel import Channel as PikaChannel
-from pika.exceptions import AMQPError, ChannelClosedByBroker, ChannelClosedByClient
-from pika.frame import Method as Frame
+from pika.exceptions import ConnectionClosedByClient
 
 from imrelay.broker.connection import Connection, describe
-from imrelay.broker.frames import Delivery, PublishTemplate, encode_ack
-from imrelay.broker.wire import WireChannel
+from imrelay.broker.frames import Delivery, PublishTemplate, encode_ack, encode_message, encode_method
 from imrelay.errors import ChannelLost
 
 __all__ = ["Channel"]
+
+logger = logging.getLogger(__name__)
 
 #: What the broker answers to each method that we send and wait for (AMQP 0-9-1, section 1.7).
 _REPLIES: dict[type[Method], type[Method]] = {
@@ -46,15 +49,45 @@ ANSWER_TIMEOUT = 30.0
 _NO_REPLIES: list[Method] = []
 
 
+class _State(enum.Enum):
+    """Where the life of a channel stands."""
+
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+_OPEN, _CLOSING = _State.OPEN, _State.CLOSING
+
+
 class Channel:
-    """One AMQP channel; what is called from the hub says so.
+    """One AMQP channel; what may be called in the event loop says so.
 
     `on_delivery` (or `on_message`, which gets the delivery tag, all properties and the body), `on_cancel` (the
-    broker has ended a consumer: `basic.cancel`) and `on_lost` are called in the hub and may only hand over.
-    `on_lost` is called once, whoever ended the channel, unless `close` did.
+    broker has ended a consumer: `basic.cancel`) and `on_lost` are called where the connection is read, or in the
+    event loop; they may not block and may only hand over. `on_lost` is called once, whoever ended the channel,
+    unless `close` did.
     """
 
-    __slots__ = ("_awaited", "_connection", "_ended", "_idle", "_on_lost", "_pika", "_replies", "lost")
+    __slots__ = (
+        "_adapter",
+        "_awaited",
+        "_ended",
+        "_expected",
+        "_idle",
+        "_number",
+        "_on_cancel",
+        "_on_lost",
+        "_on_message",
+        "_on_return",
+        "_outbound",
+        "_replies",
+        "_state",
+        "lost",
+        "on_confirm",
+        "on_delivery",
+    )
 
     def __init__(
         self,
@@ -68,20 +101,24 @@ class Channel:
         """Begin to open the channel; the first `call` finds out whether that worked. Raises `ChannelLost`."""
         #: Why the channel ended; None while it has not.
         self.lost: ChannelLost | None = None
-        self._connection = connection
+        self.on_delivery = on_delivery
+        #: See `confirm`.
+        self.on_confirm: Callable[[int, bool, bool], None] | None = None
+        self._on_return: Callable[[str | None], None] | None = None
+        self._on_message = on_message
+        self._on_cancel = on_cancel
         self._on_lost = on_lost
+        #: The kinds of answers that `call` waits for, and those that have come.
+        self._expected: Sequence[type[Method]] = ()
         self._replies = _NO_REPLIES
         self._awaited: AsyncResult | None = None
         #: Set when the call that is under way has ended, where another greenlet waits for that.
         self._idle: Event | None = None
         self._ended: Event | None = None
-        self._pika = connection.open_channel()
-        connection.channels += 1
-        self._pika.on_delivery = on_delivery
-        self._pika.on_message = on_message
-        self._pika.on_cancel = on_cancel
-        self._pika.on_crossed = self._on_crossed
-        self._pika.add_on_close_callback(self._on_close)
+        self._state = _State.OPENING
+        self._adapter, self._number = connection.add_channel(self)
+        self._outbound = self._adapter.outbound
+        self._outbound.emit(encode_method(self._number, spec.Channel.Open()))
 
     @property
     def is_asking(self) -> bool:
@@ -101,19 +138,17 @@ class Channel:
             self._idle.wait()
         if self.lost is not None:
             raise self.lost
-        if self._pika.is_closing:  # what followed channel.close would cost the whole connection (504)
+        if self._state is _CLOSING:  # what followed channel.close would cost the whole connection (504)
             raise ChannelLost("the channel is being closed")
-        wire, number = self._pika.connection, self._pika.channel_number
-        if not wire.is_open:
+        if not self._adapter.is_open:
             raise ChannelLost("the connection is being closed")
         expected = [_REPLIES[type(method)] for method in methods if not getattr(method, "nowait", False)]
         self._replies = []
         self._awaited = AsyncResult()
-        self._pika.awaited = expected
-        self._pika.on_reply = self._on_reply
+        self._expected = expected
         deadline = time.monotonic() + ANSWER_TIMEOUT
         try:
-            wire.emit(b"".join([Frame(number, method).marshal() for method in methods]))
+            self._outbound.emit(encode_method(self._number, *methods))
             while len(self._replies) < len(expected):
                 if self.lost is not None:  # in the same read as the last answer
                     raise self.lost
@@ -128,37 +163,44 @@ class Channel:
         finally:
             self._awaited = None
             self._replies = _NO_REPLIES
-            self._pika.awaited = ()
-            self._pika.on_reply = None
+            self._expected = ()
             if self._idle is not None:
                 self._idle.set()
                 self._idle = None
 
+    @property
+    def _can_send(self) -> bool:
+        return self._state is _OPEN and self._adapter.is_open
+
     def send(self, method: Method) -> None:
-        """Send a method that has no answer; does nothing on a lost channel. May be called from the hub."""
-        if self.lost is None and self._pika.is_open:
-            self._pika._send_method(method)
+        """Send a method that has no answer; does nothing on a lost channel. May be called in the event loop."""
+        if self._can_send:
+            self._outbound.emit(encode_method(self._number, method))
 
     def send_back(self, tags: Sequence[int]) -> None:
-        """Give these deliveries back to their queue, where they keep their place (`basic.nack`, one by one)."""
-        if self.lost is None and self._pika.is_open:
-            number = self._pika.channel_number
+        """Give these deliveries back to their queue, where they keep their place (`basic.nack`, one by one).
+
+        On a lost channel they are void. May be called in the event loop.
+        """
+        if self._can_send:
             nacks = [spec.Basic.Nack(tag, multiple=False, requeue=True) for tag in tags]
-            self._pika.connection.emit(b"".join([Frame(number, nack).marshal() for nack in nacks]))
+            self._outbound.emit(encode_method(self._number, *nacks))
 
     def discard(self, tag: int) -> None:
-        """Have the broker drop a delivery or publish it to the queue's dead-letter exchange (`basic.reject`)."""
+        """Have the broker drop a delivery or publish it to the queue's dead-letter exchange (`basic.reject`).
+
+        May be called in the event loop.
+        """
         self.send(spec.Basic.Reject(tag, requeue=False))
 
     def ack(self, tag: int, *, multiple: bool, at_once: bool) -> None:
         """Acknowledge the delivery, or all up to it (`basic.ack`); on a lost channel they are void.
 
-        Unless `at_once`, it waits a few milliseconds for others.
+        Unless `at_once`, it waits a few milliseconds for others. May be called in the event loop.
         """
-        if self.lost is None and self._pika.is_open:
-            wire = self._pika.connection
-            frame = encode_ack(self._pika.channel_number, tag, multiple)
-            (wire.emit if at_once else wire.emit_later)(frame)
+        if self._can_send:
+            frame = encode_ack(self._number, tag, multiple)
+            (self._outbound.emit if at_once else self._outbound.emit_later)(frame)
 
     def confirm(
         self,
@@ -167,46 +209,43 @@ class Channel:
     ) -> None:
         """Turn on publisher confirms (`confirm.select`) and block until that is done.
 
-        In the hub, `on_confirm` gets (delivery tag, multiple, whether it was a `basic.ack`), and `on_return` the
-        message id of what `mandatory` sent back.
+        Where the connection is read, `on_confirm` gets (delivery tag, multiple, whether it was a `basic.ack`), and
+        `on_return` the message id of what `mandatory` sent back; they may not block.
         """
-        self._pika.on_confirm = on_confirm
-        for method, accepted in ((spec.Basic.Ack, True), (spec.Basic.Nack, False)):
-            self._pika.add_callback(partial(_tell_confirm, self._pika, accepted), [method], False)
-        self._pika.add_on_return_callback(partial(_tell_return, on_return))
+        self.on_confirm = on_confirm
+        self._on_return = on_return
         self.call(spec.Confirm.Select())
 
     def prepare(self, exchange: str, *, persistent: bool) -> PublishTemplate:
         """Return what makes the frames for `publish`: all messages of this channel have this in common."""
-        body_max = self._pika.connection.body_max
-        return PublishTemplate(self._pika.channel_number, exchange, persistent=persistent, body_max=body_max)
+        return PublishTemplate(self._number, exchange, persistent=persistent, body_max=self._adapter.body_max)
 
     def publish(self, frames: bytes, *, at_once: bool) -> None:
-        """Send the frames of one or more messages; returns at once. Not to be called in the hub.
+        """Send the frames of one or more messages; returns at once. Not to be called in the event loop.
 
         `at_once`: somebody waits for their confirms, which else come with a few milliseconds of delay. Raises
         `ChannelLost`.
         """
-        if self.lost is not None or not self._pika.is_open:
+        if not self._can_send:
             raise self.lost or ChannelLost("the channel is being closed")
-        wire = self._pika.connection
-        wire.expect(at_once=at_once)
-        wire.emit_now(frames)
+        self._adapter.expect(at_once=at_once)
+        self._outbound.emit_now(frames)
 
     @property
     def has_unsent(self) -> bool:
         """Whether the kernel has not yet taken all that this connection was to send."""
-        return bool(self._pika.connection.has_unsent)
+        return self._outbound.has_unsent
 
     def watch_drained(self, on_drained: Callable[[], None]) -> None:
-        """Have `on_drained` called, in the hub, whenever `has_unsent` ends; of one channel of a connection."""
-        self._pika.connection.on_drained = on_drained
+        """Have `on_drained` called, in the event loop, when `has_unsent` ends; of one channel of a connection."""
+        self._outbound.on_drained = on_drained
 
     def publish_to_queue(self, queue: str, body: bytes, properties: spec.BasicProperties) -> None:
         """Publish one message to a queue by its name, with `mandatory`; returns at once. Raises `ChannelLost`."""
-        if self.lost is not None or not self._pika.is_open:
+        if not self._can_send:
             raise self.lost or ChannelLost("the channel is being closed")
-        self._pika.basic_publish("", queue, body, properties, mandatory=True)
+        method = spec.Basic.Publish(exchange="", routing_key=queue, mandatory=True)
+        self._outbound.emit(encode_message(self._number, method, properties, body, self._adapter.body_max))
 
     def wait_ended(self, timeout: float) -> bool:
         """Block until the channel has ended, or for `timeout` seconds; tell whether it has.
@@ -225,38 +264,69 @@ class Channel:
 
         A confirm that comes late is left out: its tag means another message on the publisher's next channel.
         """
-        if self.lost is not None:
+        if self._state in (_CLOSING, _State.CLOSED):
             return
         self._on_lost = None
-        self._pika.on_delivery = None
-        self._pika.on_message = None
-        self._pika.on_confirm = None
-        self._pika.on_cancel = None
-        try:
-            self._pika.close()
-        except AMQPError:  # it is on its way to be closed by the other side
+        self.on_delivery = self._on_message = None
+        self.on_confirm = self._on_return = None
+        self._on_cancel = None
+        if self._adapter.is_open:
+            self.shut_down()
+        else:
             self._end(ChannelLost("closed"))
 
-    def _on_reply(self, reply: Method) -> None:
-        self._replies.append(reply)
-        if self._awaited is not None:
-            self._awaited.set()
+    def shut_down(self) -> None:
+        """Begin to close, so that nothing more is sent; unless it was `close`, the owner is told of the end."""
+        if self._state not in (_CLOSING, _State.CLOSED):
+            self._state = _CLOSING
+            self._outbound.emit(encode_method(self._number, spec.Channel.Close(0, "Normal shutdown", 0, 0)))
 
-    def _on_close(self, channel: PikaChannel, reason: Exception) -> None:
-        code = reason.reply_code if isinstance(reason, ChannelClosedByBroker) else 0
-        self._end(ChannelLost("closed" if isinstance(reason, ChannelClosedByClient) else describe(reason), code))
+    # -- what arrives: called where the connection is read ----------------------------------------------------
 
-    def _on_crossed(self, code: int, text: str) -> None:
-        """Both sides have closed the channel at once: what it had is back, and an answer may never come."""
-        self._end(ChannelLost(f"{code} {text}", code))
+    def receive_method(self, method: Method) -> None:
+        """Take a method of the broker's that has no content."""
+        if type(method) in self._expected:
+            self._replies.append(method)
+            if self._awaited is not None:
+                self._awaited.set()
+        elif isinstance(method, spec.Channel.OpenOk):
+            if self._state is _State.OPENING:
+                self._state = _OPEN
+        elif isinstance(method, spec.Channel.Close):
+            # also where it crosses our own, which RabbitMQ then does not always answer
+            self._outbound.emit(encode_method(self._number, spec.Channel.CloseOk()))
+            self._end(ChannelLost(f"{method.reply_code} {method.reply_text}", method.reply_code))
+        elif isinstance(method, spec.Channel.CloseOk):
+            if self._state is _CLOSING:  # else one that had crossed, for who had this number before
+                self._end(ChannelLost("closed"))
+        elif isinstance(method, (spec.Basic.Ack, spec.Basic.Nack)):
+            if self.on_confirm is not None:
+                self.on_confirm(method.delivery_tag, method.multiple, isinstance(method, spec.Basic.Ack))
+        elif isinstance(method, spec.Basic.Cancel):
+            if self._on_cancel is not None:
+                self._on_cancel()
+        elif self._state is not _CLOSING:
+            logger.debug("channel %d: %s means nothing here", self._number, method.NAME)
+
+    def receive_content(self, method: Method, properties: spec.BasicProperties, body: bytes) -> None:
+        """Take a message that was returned, or delivered where there is no `on_delivery`."""
+        if isinstance(method, spec.Basic.Return):
+            if self._on_return is not None:
+                self._on_return(properties.message_id)
+        elif self._on_message is not None:
+            self._on_message(method.delivery_tag, properties, body)
+
+    def receive_end(self, reason: BaseException) -> None:
+        """Take note that the connection has ended."""
+        self._end(ChannelLost("closed" if isinstance(reason, ConnectionClosedByClient) else describe(reason)))
 
     def _end(self, lost: ChannelLost) -> None:
         if self.lost is not None:
             return
         self.lost = lost
-        self._pika.on_crossed = None
-        self._connection.channels -= 1
-        self._pika.on_delivery = None
+        self._state = _State.CLOSED
+        self._adapter.forget_channel(self._number)
+        self.on_delivery = None
         if self._ended is not None:
             self._ended.set()
         if self._awaited is not None:
@@ -278,19 +348,3 @@ def _first_missing(expected: Sequence[type[Method]], replies: Sequence[Method]) 
             return kind
         left.remove(kind)
     raise ValueError("none is missing")
-
-
-def _tell_return(
-    on_return: Callable[[str | None], None],
-    channel: WireChannel,
-    method: spec.Basic.Return,
-    properties: spec.BasicProperties,
-    body: bytes,
-) -> None:
-    if channel.on_confirm is not None:  # not after `close`
-        on_return(properties.message_id)
-
-
-def _tell_confirm(channel: WireChannel, accepted: bool, frame: Any) -> None:
-    if channel.on_confirm is not None:
-        channel.on_confirm(frame.method.delivery_tag, frame.method.multiple, accepted)

@@ -18,9 +18,11 @@ from collections.abc import Callable, Sequence
 import gevent
 import pika
 from gevent.event import Event
-from pika.exceptions import AMQPError, ChannelClosed, ConnectionClosed
+from pika.exceptions import ChannelClosed, ConnectionClosed
 
-from imrelay.broker.wire import Wire, WireChannel
+from imrelay.broker.adapter import Adapter
+from imrelay.broker.inbound import Receiver
+from imrelay.broker.stream import Addresses
 from imrelay.errors import ChannelLost, SetupError
 from imrelay.forever import run_for_ever
 from imrelay.settings import hide_password
@@ -32,9 +34,9 @@ logger = logging.getLogger(__name__)
 #: Longest pause before an attempt to connect, in seconds; the first is at most `_FIRST_PAUSE`.
 _LONGEST_PAUSE = 15.0
 _FIRST_PAUSE = 0.25
-#: Time in which pika finishes what it has begun to close, in seconds.
+#: Seconds in which a connection that ends is done with its end.
 _MOMENT = 0.02
-#: Time for TCP, TLS and the AMQP handshake together, in seconds.
+#: Seconds for TCP, TLS and the AMQP handshake together; TCP and TLS have half of it each.
 _CONNECT_TIMEOUT = 15.0
 
 
@@ -54,7 +56,7 @@ class Connection:
     `urls` is asked before each attempt, so that a broker may move; the URLs it returns are tried in turn. It may
     raise `SetupError` to say why there are none.
     `heartbeat` is in seconds. `tls` is for `amqps` URLs; without it pika verifies the broker's certificate
-    against the authorities that the system trusts. `on_state` is called in the hub or the keeper after each
+    against the authorities that the system trusts. `on_state` is called in the keeper or by `close` after each
     change; it may not block.
     """
 
@@ -68,8 +70,6 @@ class Connection:
         on_state: Callable[[State], None] | None = None,
     ) -> None:
         self.name = name
-        #: Channels that are open or on their way to be, whoever owns them.
-        self.channels = 0
         #: Why it is not open, for everybody; and for the operator, with the URL but without its password.
         self.reason = self.problem = "not connected yet"
         self._shown = ""
@@ -78,7 +78,8 @@ class Connection:
         self._heartbeat = heartbeat
         self._tls = tls
         self._on_state = on_state
-        self._wire: Wire | None = None
+        self._adapter: Adapter | None = None
+        self._addresses = Addresses()
         self._open = Event()
         self._ended = Event()
         self._pause = Event()
@@ -99,18 +100,15 @@ class Connection:
             return
         self._set_state(State.CLOSED, "closed")
         self._pause.set()
-        wire = self._wire
+        adapter = self._adapter
         keeper = self._keeper
-        if wire is None or not wire.is_open:  # one that is just being opened closes itself: see `_connect`
+        if adapter is None or not adapter.is_open:
             if keeper is not None and keeper is not gevent.getcurrent():
                 keeper.kill(block=False)
         else:
-            try:
-                wire.close()
-            except AMQPError:
-                logger.debug("%s: closing found it closed", self.name)
-            if not self._ended.wait(timeout) and not wire.is_closed:
-                wire._terminate_stream(ChannelLost("the broker did not answer connection.close in time"))
+            adapter.shut_down()
+            if not self._ended.wait(timeout):
+                adapter.abort(ChannelLost("the broker did not answer connection.close in time"))
                 self._ended.wait(timeout)
 
     def hurry(self) -> None:
@@ -129,15 +127,22 @@ class Connection:
 
     @property
     def is_open(self) -> bool:
-        """Whether channels can be opened now. pika ends the channels of a lost connection before it says so."""
-        wire = self._wire
-        return self.state in (State.OPEN, State.BLOCKED) and wire is not None and wire.is_open
+        """Whether channels can be opened now. The channels of a lost connection end before `state` says so."""
+        adapter = self._adapter
+        return self.state in (State.OPEN, State.BLOCKED) and adapter is not None and adapter.is_open
 
     @property
     def channel_max(self) -> int:
         """Channels that the broker allows on this connection; what pika asks for while there is none."""
-        wire = self._wire
-        return int(wire.params.channel_max) if wire is not None and wire.is_open else pika.channel.MAX_CHANNELS
+        adapter = self._adapter
+        if adapter is None or not adapter.is_open:
+            return int(pika.channel.MAX_CHANNELS)
+        return int(adapter.params.channel_max)
+
+    @property
+    def channels(self) -> int:
+        """How many channels are open or on their way to be, or to be closed, whoever owns them."""
+        return 0 if self._adapter is None else len(self._adapter.channels)
 
     def wait_open(self, timeout: float | None = None) -> bool:
         """Block until it is open, or for `timeout` seconds; tell whether it is."""
@@ -147,21 +152,21 @@ class Connection:
             self._open.wait(timeout)
         return self.is_open
 
-    def open_channel(self) -> WireChannel:
-        """Begin to open a channel and return it, without waiting for `channel.open-ok`.
+    def add_channel(self, channel: Receiver) -> tuple[Adapter, int]:
+        """Take a channel; return what it sends over, and its number.
 
         Numbers go round instead of the lowest free one: late frames of a channel that has just been closed
         would else reach its successor. Raises `ChannelLost` when there is no connection or no free number.
         """
-        wire = self._wire
-        if wire is None or not wire.is_open:
+        adapter = self._adapter
+        if adapter is None or not self.is_open:
             raise ChannelLost(f"no connection to the broker: {self.problem}")
-        limit = wire.params.channel_max
+        limit = adapter.params.channel_max
         for _ in range(limit):
             self._number = self._number % limit + 1
-            if self._number not in wire._channels:
-                channel: WireChannel = wire.channel(channel_number=self._number)
-                return channel
+            if self._number not in adapter.channels:
+                adapter.channels[self._number] = channel
+                return adapter, self._number
         raise ChannelLost(f"all {limit} channels of the connection are in use")
 
     def _set_state(self, state: State, problem: str = "") -> None:
@@ -227,44 +232,34 @@ class Connection:
 
     def _give_up(self, problem: str) -> None:
         """Wait for the next attempt after an exception that was not expected, without what it left open."""
-        wire, self._wire = self._wire, None
-        if wire is not None and not wire.is_closed:
-            wire._terminate_stream(ChannelLost(problem))
+        self._adapter = None
         self._set_state(State.WAITING, problem)
 
     def _connect(self, url: str) -> str:
         """Live through one connection, from the attempt to its end; say what prevented it, or nothing."""
         opened: list[bool] = []
-        ended: list[BaseException] = []
         self._ended.clear()
 
-        def on_open(wire: Wire) -> None:
+        def on_open() -> None:
             opened.append(True)
             if self.is_closed:
-                wire.close()
+                adapter.shut_down()
                 return
-            wire.add_on_connection_blocked_callback(self._on_blocked)
-            wire.add_on_connection_unblocked_callback(self._on_unblocked)
+            adapter.add_on_connection_blocked_callback(self._on_blocked)
+            adapter.add_on_connection_unblocked_callback(self._on_unblocked)
             self._tries = 0
             self._set_state(State.OPEN)
 
-        def on_end(wire: Wire, reason: BaseException) -> None:
-            ended.append(reason)
-            self._ended.set()
-
         self._shown = hide_password(url)
         try:
-            self._wire = Wire(
-                self._parameters(url),
-                on_open_callback=on_open,
-                on_open_error_callback=on_end,
-                on_close_callback=on_end,
-            )
+            adapter = self._adapter = Adapter(self._parameters(url), self._addresses, on_open=on_open)
         except Exception as exc:  # pika's parsing of the URL raises what it likes
             return str(exc)
-        self._ended.wait()
-        self._wire = None
-        reason = describe(ended[0])
+        try:
+            reason = describe(adapter.run())
+        finally:
+            self._adapter = None
+            self._ended.set()
         if not opened:
             return reason
         self._set_state(State.WAITING, reason)
@@ -277,17 +272,16 @@ class Connection:
         if parameters.ssl_options is not None and self._tls is not None:
             parameters.ssl_options = pika.SSLOptions(self._tls, parameters.host)
         parameters.heartbeat = self._heartbeat
-        parameters.connection_attempts = 1
         parameters.socket_timeout = _CONNECT_TIMEOUT / 2
         parameters.stack_timeout = _CONNECT_TIMEOUT
         parameters.client_properties = {"connection_name": f"imrelay {self.name}"}
         return parameters
 
-    def _on_blocked(self, wire: Wire, frame: pika.frame.Method) -> None:
+    def _on_blocked(self, adapter: Adapter, frame: pika.frame.Method) -> None:
         why = getattr(frame.method, "reason", "") or "no reason given"
         self._set_state(State.BLOCKED, f"the broker has raised an alarm: {why}")
 
-    def _on_unblocked(self, wire: Wire, frame: pika.frame.Method) -> None:
+    def _on_unblocked(self, adapter: Adapter, frame: pika.frame.Method) -> None:
         self._set_state(State.OPEN)
 
 

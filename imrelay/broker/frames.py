@@ -3,7 +3,7 @@
 pika decodes a delivery as three frames, through objects and callbacks for each; on the way of every message that
 is most of its cost. Here a whole `basic.deliver` (method, header and body) and a `basic.ack` of the broker's come
 out of the receive buffer at once, and a publish or an acknowledgement is packed from what is the same every time.
-Whatever else arrives, or is not the common shape, is left to pika: `take` then says None.
+Whatever else arrives, and a message of several body frames, is read frame by frame: `take` then says None.
 
     frame     type (1)  channel (2)  size (4)  payload (size)  0xCE
     deliver   60 60  consumer tag  delivery tag (8)  redelivered (1)  exchange  routing key
@@ -15,8 +15,22 @@ from __future__ import annotations
 import struct
 
 from pika import frame, spec
+from pika.amqp_object import Method
+from pika.exceptions import InvalidFrameError
 
-__all__ = ["Confirm", "Delivery", "PublishTemplate", "encode_ack", "read_header", "read_properties", "take"]
+__all__ = [
+    "Confirm",
+    "Delivery",
+    "PublishTemplate",
+    "encode_ack",
+    "encode_message",
+    "encode_method",
+    "read_body",
+    "read_header",
+    "read_method",
+    "read_properties",
+    "take",
+]
 
 _END = 0xCE
 _METHOD, _HEADER, _BODY = 1, 2, 3
@@ -35,6 +49,8 @@ _BODY_START = struct.Struct(">BHI")
 _ACK_FRAME = struct.Struct(">BHIIQBB")
 #: Frame overhead: 7 bytes before the payload, one after it.
 _BEFORE, _AROUND = 7, 8
+#: The smallest payload of a content header, in bytes.
+_HEADER_MIN = _HEADER_START.size - _BEFORE
 
 
 def _short(text: str) -> bytes:
@@ -51,14 +67,13 @@ _OCTETS = [bytes((number,)) for number in range(256)]
 _OUR_FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 5 | 1 << 3
 _APP_ID = "imrelay"
 _CONTENT_TYPE = _short("application/json")
-_SIZE_OF_MID = 26
+_MID_SIZE = 26
 #: What of a relay's header stands before the octet of delivery_mode, and what behind the message id of a text.
 _BEFORE_MID = _OUR_FLAGS.to_bytes(2, "big") + _CONTENT_TYPE
 _AFTER_TEXT_MID = _short("text") + _short(_APP_ID) + bytes((_END,))
-#: The header of a relay's text, and the start of the body frame behind it: type, size of the payload, body size,
-#: `_BEFORE_MID`, size of the message id, message id, `_AFTER_TEXT_MID`, type, size of the payload.
-_OUR_CONTENT = struct.Struct(f">B2xI4xQ{len(_BEFORE_MID)}sxB{_SIZE_OF_MID}s{len(_AFTER_TEXT_MID)}sB2xI")
-_OUR_HEADER_SIZE = _OUR_CONTENT.size - _BEFORE - _AROUND
+#: The header of a relay's text: type, size of the payload, body size, `_BEFORE_MID`, size of the message id,
+#: message id, `_AFTER_TEXT_MID`. The first three are there in each header.
+_OUR_HEADER = struct.Struct(f">B2xI4xQ{len(_BEFORE_MID)}sxB{_MID_SIZE}s{len(_AFTER_TEXT_MID)}s")
 
 
 class Delivery:
@@ -96,13 +111,15 @@ class Delivery:
         self.channel: object = None
 
     @classmethod
-    def from_pika(cls, method: spec.Basic.Deliver, properties: spec.BasicProperties, body: bytes) -> Delivery:
-        """Make one of what pika has decoded."""
+    def from_properties(
+        cls, consumer_tag: str, tag: int, redelivered: bool, properties: spec.BasicProperties, body: bytes
+    ) -> Delivery:
+        """Make one of a content header with whatever properties."""
         stamp = properties.timestamp
         return cls(
-            method.consumer_tag,
-            method.delivery_tag,
-            bool(method.redelivered),
+            consumer_tag,
+            tag,
+            redelivered,
             body,
             properties.message_id,
             properties.type == "binary",
@@ -122,11 +139,11 @@ class Confirm:
 
 
 def take(buffer: bytes, start: int, body_max: int) -> tuple[Delivery | Confirm | None, int, int] | None:
-    """Take what begins at `start` out of the buffer.
+    """Take the delivery or the confirm that begins at `start` out of the buffer.
 
     Returns (what it is, its channel, where the next frame begins); with None for "what" while the rest of it has
-    not arrived. Returns None where this is nothing for the hot path. `body_max` is the largest payload of a body
-    frame on this connection; a message of several body frames is left to pika.
+    not arrived. Returns None where it is anything else, or a message of several body frames. `body_max` is the
+    largest payload of a body frame on this connection.
     """
     end = len(buffer)
     if end - start < _METHOD_START.size:
@@ -136,71 +153,50 @@ def take(buffer: bytes, start: int, body_max: int) -> tuple[Delivery | Confirm |
         return None
     if method == _ACK:
         return _take_confirm(buffer, start, channel)
-    if method != _DELIVER:
+    if method != _DELIVER or size > body_max:
         return None
     header = start + size + _AROUND
-    if end - header >= _OUR_CONTENT.size:
-        kind, header_size, body_size, before, size_of_mid, mid, after, next_kind, next_size = (
-            _OUR_CONTENT.unpack_from(buffer, header)
-        )
-        if after == _AFTER_TEXT_MID and before == _BEFORE_MID and body_size == next_size <= body_max:
-            body = header + _OUR_CONTENT.size
-            after_body = body + body_size
-            at = start + 12 + buffer[start + 11]
-            if after_body >= end:
-                return None, channel, start
-            if (
-                kind == _HEADER
-                and header_size == _OUR_HEADER_SIZE
-                and size_of_mid == len(mid)
-                and next_kind == _BODY
-                and buffer[header - 1] == buffer[after_body] == _END
-                and at + _TAG_AND_BIT.size < header
-                and mid.isascii()
-            ):
-                tag, redelivered = _TAG_AND_BIT.unpack_from(buffer, at)
-                return (
-                    Delivery(
-                        buffer[start + 12 : at].decode("utf-8", "replace"),
-                        tag,
-                        redelivered != 0,
-                        buffer[body:after_body],
-                        mid.decode(),
-                        False,
-                        True,
-                        None,
-                    ),
-                    channel,
-                    after_body + 1,
-                )
-    return _take_delivery(buffer, start, header, body_max, channel)
-
-
-def _take_delivery(
-    buffer: bytes, start: int, header: int, body_max: int, channel: int
-) -> tuple[Delivery | None, int, int] | None:
-    """Take a delivery whose properties may be any; its content header begins at `header`."""
-    if len(buffer) < header + _HEADER_START.size:
-        return None, channel, start
-    kind, _, header_size, _, _, body_size, flags = _HEADER_START.unpack_from(buffer, header)
-    if kind != _HEADER or body_size > body_max:
+    before, mid, mid_size, behind = b"", b"", 0, b""
+    if end - header >= _OUR_HEADER.size:  # most are a relay's texts: all of their header is read in one step
+        kind, header_size, body_size, before, mid_size, mid, behind = _OUR_HEADER.unpack_from(buffer, header)
+    elif end - header >= _HEADER_START.size:
+        kind, _, header_size, _, _, body_size, _ = _HEADER_START.unpack_from(buffer, header)
+    else:
+        return None if end > header and buffer[header] != _HEADER else (None, channel, start)
+    if kind != _HEADER or body_size > body_max or not _HEADER_MIN <= header_size <= body_max:
         return None
     body = header + header_size + _AROUND
-    end = body + body_size + _AROUND if body_size else body
-    if len(buffer) < end:
+    after = body + body_size + _AROUND if body_size else body
+    if end < after:
         return None, channel, start
-    if body_size and (_BODY_START.unpack_from(buffer, body)[::2] != (_BODY, body_size)):
+    if body_size:
+        kind, _, size = _BODY_START.unpack_from(buffer, body)
+        if kind != _BODY or size != body_size:
+            return None
+    if not buffer[header - 1] == buffer[body - 1] == buffer[after - 1] == _END:
         return None
-    if buffer[header - 1] != _END or buffer[body - 1] != _END or buffer[end - 1] != _END:
+    deliver = _read_deliver(buffer, start, header)
+    if deliver is None:
         return None
-    at = start + 12 + buffer[start + 11]
-    if at + _TAG_AND_BIT.size >= header:
+    consumer_tag, tag, redelivered = deliver
+    content = buffer[body + _BEFORE : after - 1] if body_size else b""
+    if behind == _AFTER_TEXT_MID and before == _BEFORE_MID and mid_size == _MID_SIZE and mid.isascii():
+        return Delivery(consumer_tag, tag, redelivered, content, mid.decode(), False, True, None), channel, after
+    properties = read_header(buffer, header).properties
+    return Delivery.from_properties(consumer_tag, tag, redelivered, properties, content), channel, after
+
+
+def _read_deliver(buffer: bytes, start: int, after: int) -> tuple[str, int, bool] | None:
+    """Return consumer tag, delivery tag and "redelivered" of a method frame; None where they are not in it.
+
+    Exchange and routing key are not read: other programs may have put any octets there.
+    """
+    tag_start = start + _METHOD_START.size + 1
+    tag_end = tag_start + buffer[tag_start - 1]
+    if tag_end + _TAG_AND_BIT.size >= after:
         return None
-    tag, redelivered = _TAG_AND_BIT.unpack_from(buffer, at)
-    method = spec.Basic.Deliver(buffer[start + 12 : at].decode(errors="replace"), tag, redelivered != 0)
-    content = buffer[body + _BEFORE : end - 1] if body_size else b""
-    properties = read_properties(flags, buffer[header + _HEADER_START.size : body - 1])
-    return Delivery.from_pika(method, properties, content), channel, end
+    tag, redelivered = _TAG_AND_BIT.unpack_from(buffer, tag_end)
+    return buffer[tag_start:tag_end].decode("utf-8", "replace"), tag, redelivered != 0
 
 
 def _take_confirm(buffer: bytes, start: int, channel: int) -> tuple[Confirm | None, int, int] | None:
@@ -252,16 +248,52 @@ def read_properties(flags: int, octets: bytes) -> spec.BasicProperties:
     return found
 
 
+def read_method(buffer: bytes, start: int, after: int) -> Method:
+    """Read the method frame from `start` to `after`, by pika's codec unless it is a `basic.deliver`.
+
+    Raises `InvalidFrameError` where it is none.
+    """
+    if int.from_bytes(buffer[start + _BEFORE : start + _METHOD_START.size], "big") == _DELIVER:
+        deliver = _read_deliver(buffer, start, after)
+        if deliver is None or buffer[after - 1] != _END:
+            raise InvalidFrameError("a basic.deliver without its end")
+        return spec.Basic.Deliver(*deliver)
+    return frame.decode_frame(buffer[start:after])[1].method
+
+
 def read_header(buffer: bytes, start: int) -> frame.Header:
     """Read the content header frame at `start` as pika does, but with `read_properties`."""
     _, channel, size, _, _, body_size, flags = _HEADER_START.unpack_from(buffer, start)
+    if size < _HEADER_MIN or buffer[start + _BEFORE + size] != _END:
+        raise InvalidFrameError("a content header without its end")
     octets = buffer[start + _HEADER_START.size : start + _BEFORE + size]
     return frame.Header(channel, body_size, read_properties(flags, octets))
+
+
+def read_body(buffer: bytes, start: int, after: int) -> bytes:
+    """Return the payload of the body frame from `start` to `after`; raises `InvalidFrameError`."""
+    if buffer[after - 1] != _END:
+        raise InvalidFrameError("a body frame without its end")
+    return buffer[start + _BEFORE : after - 1]
 
 
 def encode_ack(channel: int, tag: int, multiple: bool) -> bytes:
     """Return a `basic.ack` frame."""
     return _ACK_FRAME.pack(_METHOD, channel, 13, _ACK, tag, multiple, _END)
+
+
+def encode_method(channel: int, *methods: Method) -> bytes:
+    """Return the frames of methods, one behind the other."""
+    return b"".join([frame.Method(channel, method).marshal() for method in methods])
+
+
+def encode_message(
+    channel: int, method: spec.Basic.Publish, properties: spec.BasicProperties, body: bytes, body_max: int
+) -> bytes:
+    """Return the frames of a publish with any properties; `body_max`: the largest payload of a body frame."""
+    frames = [frame.Method(channel, method), frame.Header(channel, len(body), properties)]
+    frames += [frame.Body(channel, body[at : at + body_max]) for at in range(0, len(body), body_max)]
+    return b"".join([one.marshal() for one in frames])
 
 
 class PublishTemplate:
