@@ -10,12 +10,14 @@
 
     Listener(("127.0.0.1", 8080), echo, handler_class=WebSocketHandler).serve_forever()
 
+In place of a greenlet that receives there may be callbacks in the event loop: `websocket.on_message`, `on_close`.
+
 `Listener` is pywsgi's `WSGIServer` and may be exchanged for it. That one waits for TLS handshakes without a
 deadline, each in a greenlet of its own, unless it is given `do_handshake_on_connect=False`.
 
 From the socket upwards: `wire` is the TCP connection with its `outbox`; `frames`, `parser` and `deflate` stand
-between bytes and messages; `conversation` is what goes on in the hub, `connection` what an application has of it;
-`sweeper` keeps the deadlines of all sockets, `turns` their order. How it begins: `head`, `body`,
+between bytes and messages; `conversation` is what goes on in the event loop, `connection` what an application has
+of it; `sweeper` keeps the deadlines of all sockets, `turns` their order. How it begins: `head`, `body`,
 `answers`, `ending`, `admission`, `listener`, `request_handler` for HTTP, then `handshake`, `handler`.
 """
 

@@ -1,13 +1,13 @@
-"""What an application has of a WebSocket: calls that wait, on top of the conversation in the hub."""
+"""What an application has of a WebSocket: calls that wait, and callbacks, on top of the conversation."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gevent import getcurrent
 
-from imrelay.websocket.conversation import Conversation, State
+from imrelay.websocket.conversation import Conversation, OnMessage, State
 from imrelay.websocket.errors import ConcurrentReceive, ConnectionClosed
 from imrelay.websocket.frames import (
     BINARY,
@@ -30,9 +30,9 @@ _OPEN, _CLOSING, _CLOSED = State.OPEN, State.CLOSING, State.CLOSED
 class WebSocket(Conversation):
     """What an application finds in `environ["wsgi.websocket"]`.
 
-    One greenlet receives; any greenlet may send and close. `close_code` and `close_reason` say what ended the
-    socket, as seen from here: 1005 if the peer gave no code, 1006 if the TCP connection was lost, 4408 if the
-    peer was too slow to take what was sent. The code is None while the socket is open.
+    One greenlet receives, or `on_message` does; any greenlet may send and close. `close_code` and `close_reason`
+    say what ended the socket, as seen from here: 1005 if the peer gave no code, 1006 if the TCP connection was
+    lost, 4408 if the peer was too slow to take what was sent. The code is None while the socket is open.
     """
 
     __slots__ = ()
@@ -41,6 +41,46 @@ class WebSocket(Conversation):
     def closed(self) -> bool:
         """Tell whether nothing can be sent any more."""
         return self._state is not _OPEN
+
+    @property
+    def on_message(self) -> OnMessage | None:
+        """What is called with each message, in the event loop, in place of a greenlet that calls `receive`.
+
+        It gets (payload, is binary), a text being UTF-8, and must not block. After `pause` it is not called before
+        `resume`; meanwhile some more is read, as for any application that is busy, and then nothing. What has come
+        before it is set it gets in a later turn of the loop. An exception in it is logged and closes with 1011.
+        """
+        return self._on_message
+
+    @on_message.setter
+    def on_message(self, callback: OnMessage | None) -> None:
+        self._on_message = callback
+        if callback is not None:
+            self._schedule()
+
+    @property
+    def on_close(self) -> Callable[[], None] | None:
+        """What is called once, in the event loop, when nothing can be sent any more; it must not block.
+
+        It comes behind all messages that came before the end, which `pause` puts off; after it there are none.
+        """
+        return self._on_close
+
+    @on_close.setter
+    def on_close(self, callback: Callable[[], None] | None) -> None:
+        self._on_close = callback
+        if callback is not None:
+            self._schedule()
+
+    def pause(self) -> None:
+        """Have `on_message` not called again until `resume`."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Have `on_message` called with what comes, and before with what has come; not before this returns."""
+        if self._is_paused:
+            self._is_paused = False
+            self._schedule()
 
     def receive(self) -> str | bytes | None:
         """Wait for the next message and return it: text as str, binary as bytes; None after a close.
@@ -93,8 +133,8 @@ class WebSocket(Conversation):
     def send(self, data: str | bytes) -> None:
         """Send one message: str as text, bytes as binary.
 
-        Blocks the caller until the kernel has taken all of it (never in the hub, where it is queued). Raises
-        ConnectionClosed if the socket is closed, or gets closed before that.
+        Blocks the caller until the kernel has taken all of it (never in the event loop, where it is queued).
+        Raises ConnectionClosed if the socket is closed, or gets closed before that.
         """
         if isinstance(data, str):
             frame = self._encode(data.encode(), False)
@@ -120,7 +160,7 @@ class WebSocket(Conversation):
             self._send(b"".join(pieces))
 
     def close(self, code: int = 1000, reason: str = "", *, wait: bool = True) -> None:
-        """Close the socket, once; from any greenlet, and without `wait` from the hub too.
+        """Close the socket, once; from any greenlet, and without `wait` from the event loop too.
 
         Waits until the peer has answered the close frame, for `close_timeout` seconds at most. Messages that
         were not received yet are thrown away. If the peer has begun to close, its code is the one that counts.
@@ -128,13 +168,14 @@ class WebSocket(Conversation):
         """
         if not is_valid_close_code(code):
             raise ValueError(f"close code {code} may not be sent")
+        self._drop_messages()
         if self._state is _OPEN:
-            self._messages.clear()
-            self._queued = 0
             if self._ending is not None:
                 self._end_now()
             else:
                 self._end(code, reason, encode_close(code, reason), _CLOSING)
+        elif self._on_close is not None:
+            self._schedule()
         if wait and getcurrent() is not self._hub:
             while self._state is _CLOSING:
                 self._await_change()

@@ -1,11 +1,14 @@
-"""The conversation with one peer, in the hub: frames in and out, the queue, liveness, the close handshake.
+"""The conversation with one peer, in the event loop: frames in and out, messages, liveness, the closing handshake.
 
     OPEN        messages go both ways
     CLOSING     our close frame is out, the peer's is awaited; messages are thrown away
     LINGERING   the last frame is written: what is left is flushed, and input drained until the peer is gone
     CLOSED      the TCP connection is gone
 
-Pings are answered and closes seen in the hub, whatever the application does meanwhile. There is one exception.
+Messages wait for a greenlet that receives them, or are given to the application's callback, unless that has paused
+them.
+
+Pings are answered and closes seen whatever the application does meanwhile. There is one exception.
 While as many messages wait as a socket keeps for a busy application, nothing is read: that is the back-pressure
 to the peer. Pings, closes and the end of the connection are then seen when the application has taken them.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -27,12 +31,12 @@ from imrelay.websocket.parser import FrameParser
 from imrelay.websocket.sweeper import sweeper_of
 from imrelay.websocket.wire import Limits, Wire, resume
 
-__all__ = ["Conversation", "State"]
+__all__ = ["Conversation", "OnMessage", "State"]
 
 logger = logging.getLogger(__name__)
 
 #: Messages, and bytes of them, that wait for a busy application before the socket stops reading. So many frames
-#: are looked at in one turn of the hub, too: a flood of tiny ones lets the others have theirs.
+#: are looked at in one turn of the event loop, too: a flood of tiny ones lets the others have theirs.
 MAX_QUEUED_MESSAGES = 64
 MAX_QUEUED_BYTES = 65_536
 #: Seconds that an application gets to answer the messages before a close frame, before that is answered.
@@ -41,6 +45,9 @@ LAST_WORDS = 1.0
 ALIVE_BYTES = 4096
 
 _NEVER = float("inf")
+
+#: Takes one message in the event loop: the payload, that of a text being UTF-8, and whether it is binary.
+OnMessage = Callable[[bytes, bool], None]
 
 
 class State(enum.Enum):
@@ -56,7 +63,10 @@ _OPEN, _CLOSING, _LINGERING, _CLOSED = State.OPEN, State.CLOSING, State.LINGERIN
 
 
 class Conversation(Wire):
-    """What goes on without the application. Nothing here blocks."""
+    """What goes on without the application. Nothing here blocks.
+
+    All that changes stands in this one object: there is one for each socket, and a second one would take memory.
+    """
 
     __slots__ = (
         "_closers",
@@ -64,9 +74,12 @@ class Conversation(Wire):
         "_ending",
         "_going_on",
         "_held",
+        "_is_paused",
         "_mark",
         "_messages",
         "_next_ping",
+        "_on_close",
+        "_on_message",
         "_parser",
         "_pings",
         "_pong_due",
@@ -102,6 +115,11 @@ class Conversation(Wire):
         self._messages: list[tuple[bytes, bool]] = []
         self._queued = 0  # bytes in _messages
         self._receiver: Any = None
+        #: The application's callbacks, in place of a greenlet that receives.
+        self._on_message: OnMessage | None = None
+        self._on_close: Callable[[], None] | None = None
+        #: Whether the application wants no messages for the moment.
+        self._is_paused = False
         self._closers: list[Any] | None = None
         #: Code, reason and answer of an end that waits for the messages before it to be taken.
         self._ending: tuple[int, str, bytes] | None = None
@@ -137,7 +155,7 @@ class Conversation(Wire):
             self._on_lost(f"connection lost: {error.strerror or error}")
         return None
 
-    # -- receiving, in the hub -------------------------------------------------------------------------------
+    # -- receiving -------------------------------------------------------------------------------------------
 
     def _on_bytes(self, data: bytes) -> None:
         self._received += len(data)
@@ -145,7 +163,7 @@ class Conversation(Wire):
             self._take_in(data)
 
     def _take_in(self, data: bytes) -> None:
-        """Parse one turn's worth, wake the application if it waits, go on reading if there is room."""
+        """Parse what one turn may, hand messages over or wake who waits for them, and go on reading."""
         messages = self._messages
         parser = self._parser
         pongs = []
@@ -166,12 +184,14 @@ class Conversation(Wire):
             self._ending = error.code, error.reason, encode_close(error.code, error.reason)
         if pongs and self._state is _OPEN:
             self._write_frames(b"".join(pongs) if self._outbox is None else pongs[-1], pong=True)
+        if messages and self._on_message is not None:
+            self._hand_over(self._on_message)
         if self._ending is not None:
             self._stop_reading()
             if self._state is _CLOSING:
                 self._ending = None
                 self._linger()
-            elif not messages or self._state is not _OPEN:
+            elif self._has_taken_all or self._state is not _OPEN:
                 self._end_now()
             else:
                 self.due = monotonic() + LAST_WORDS
@@ -179,6 +199,36 @@ class Conversation(Wire):
             resume(self._receiver, self._hub)
         if not self._reading or parser.has_more or self._messages:
             self._read_on()
+
+    def _hand_over(self, on_message: OnMessage) -> None:
+        """Give the application the messages that wait, until it pauses them."""
+        messages = self._messages
+        taken = 0
+        try:
+            if not self._is_paused:
+                for payload, binary in messages:  # ends at once where `close` throws them away
+                    taken += 1
+                    on_message(payload, binary)
+                    if self._is_paused:
+                        break
+        except Exception:
+            logger.exception("the application failed to take a message")
+            self._drop_messages()
+            self._on_bug()
+            return
+        del messages[:taken]
+        self._queued = sum(len(payload) for payload, _ in messages) if messages else 0
+
+    @property
+    def _has_taken_all(self) -> bool:
+        """Whether the application has nothing to do any more with what has come."""
+        return not self._messages and not self._is_paused
+
+    def _drop_messages(self) -> None:
+        """Throw away what the application has not taken: it is the application that ends the socket."""
+        self._messages.clear()
+        self._queued = 0
+        self._is_paused = False
 
     def _read_on(self) -> None:
         if self._state is _CLOSED or self._ending is not None:
@@ -200,21 +250,25 @@ class Conversation(Wire):
             self._start_reading()
 
     def _schedule(self) -> None:
-        """Go on reading in the hub's next turn."""
+        """Go on in the next turn of the event loop."""
         if not self._going_on:
             self._going_on = True
             self._turns.add(self._go_on)
 
     def _go_on(self) -> None:
-        """Go on with what is here already, then with what the kernel has."""
+        """Go on with messages that wait, or with bytes that are here already, or with what the kernel has."""
         self._going_on = False
-        if self._reading or self._state is _CLOSED or self._ending is not None:
-            return
         try:
-            if self._parser.has_more and self._state is not _LINGERING:
+            if self._on_message is not None and (self._messages or self._ending is not None):
+                self._hand_over(self._on_message)
+                if self._ending is not None and self._has_taken_all:
+                    self._end_now()
+                self._read_on()  # what is here already, in a turn of its own
+            elif self._parser.has_more and self._ending is None and self._state in (_OPEN, _CLOSING):
                 self._take_in(b"")
             else:
                 self._read_on()
+            self._tell_end()
         except Exception:
             logger.exception("reading a socket failed")
             self._on_bug()
@@ -353,7 +407,19 @@ class Conversation(Wire):
         self._state = state
         self._hub.loop.run_callback(self._wake_waiters)
 
+    def _tell_end(self) -> None:
+        """Call `on_close`, once, when nothing can be sent any more and all that came before has been taken."""
+        on_close = self._on_close
+        if on_close is None or self._state is _OPEN or not self._has_taken_all:
+            return
+        self._on_message = self._on_close = None
+        try:
+            on_close()
+        except Exception:
+            logger.exception("the application failed to take note of the end of its WebSocket")
+
     def _wake_waiters(self) -> None:
+        self._tell_end()
         if self._receiver is not None:
             resume(self._receiver, self._hub)
         closers, self._closers = self._closers, None

@@ -1,4 +1,4 @@
-"""Turns of the hub for sockets that have more to do than one turn allows.
+"""Turns of the event loop for sockets that have more to do than one turn allows.
 
 gevent's own `run_callback` is no place for them: it runs up to 50 callbacks before it looks at the clock, and no
 socket is read or written meanwhile. Here the event loop looks after all others between two rounds.
@@ -39,7 +39,7 @@ class Turns:
         return self._pid == os.getpid()
 
     def add(self, callback: Callable[[], None]) -> None:
-        """Call `callback` in the hub, once, when it is its turn; it must not block nor raise."""
+        """Call `callback` in the event loop, once, when it is its turn; it must not block nor raise."""
         if not self._queue:
             self._idle.start(self._run_round)
         self._queue.append(callback)
