@@ -41,6 +41,10 @@ class _Refused(NamedTuple):
     redelivered: bool
 
 
+#: Stands where nothing was refused: there are two deques for each socket. Nothing is ever put into it.
+_NOTHING: deque[_Refused] = deque(maxlen=0)
+
+
 class Overflow:
     """The deliveries of one queue on one channel that there was no room for, oldest first."""
 
@@ -48,10 +52,10 @@ class Overflow:
 
     def __init__(self) -> None:
         #: Sent back and not seen again.
-        self._awaited: deque[_Refused] = deque()
+        self._awaited = _NOTHING
         self._awaited_size = 0
         #: Not sent back yet, and newer than all those.
-        self._refused: deque[_Refused] = deque()
+        self._refused = _NOTHING
         #: Whether somebody looks after what does not come back.
         self.is_watched = False
 
@@ -74,6 +78,8 @@ class Overflow:
     def refuse(self, delivery: Delivery) -> None:
         """Drop the body of a delivery, which comes after all that are here."""
         identity = identify(delivery)
+        if self._refused is _NOTHING:
+            self._refused, self._awaited = deque(), deque()
         self._refused.append(_Refused(delivery.tag, len(delivery.body) + 1, identity, delivery.redelivered))
 
     def admit(self, delivery: Delivery) -> bool:
