@@ -1,10 +1,11 @@
-"""A session: one browser socket, its user, its reader and its writer.
+"""A session: one browser socket, its user, and the greenlet that runs it.
 
     CONNECTING --> OPEN --> CLOSING --> CLOSED
 
-The reader is the WSGI greenlet: it checks what the browser sends and hands it to the publisher, and stops reading
-while that is full. The writer blocks on the session's mailbox, where its consumer puts deliveries and the
-publisher answers; what it has written it acknowledges to the broker. The two live and die together.
+The greenlet is that of the WSGI request. It blocks on the session's mailbox, which gives it batches of deliveries
+and of answers to the browser's own messages; each batch is written to the browser, and acknowledged to the broker.
+What the browser sends is checked and queued for the publisher in the event loop, where nothing blocks: while the
+publisher has no room, or the browser has too many answers to come, the reading of this socket is paused.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-import gevent
-
 from imrelay.broker.consumer import Consumer
-from imrelay.broker.mailbox import Bell, Delivery, Mailbox
+from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.publication import Publication
 from imrelay.broker.publisher import Publisher
@@ -38,10 +37,10 @@ __all__ = ["Services", "Session", "State"]
 
 logger = logging.getLogger(__name__)
 
-#: Frames of one browser that are read but not yet answered; then its socket is not read.
-_MAX_OWED = 256
-#: Bytes of answers that wait for the writer; then the socket is not read. One answer may be larger.
-_MAX_OWED_BYTES = 65_536
+#: Frames of one browser that were read and not yet answered; with so many its socket is not read.
+_MAX_UNANSWERED = 256
+#: Bytes of answers that wait to be written; with so many the socket is not read. One answer may be larger.
+_MAX_ANSWER_BYTES = 65_536
 #: Bytes that are written to a browser at once, before they are acknowledged to the broker.
 _CHUNK = 65_536
 #: Seconds for the broker to confirm the end of a channel; then the session is forgotten all the same.
@@ -86,16 +85,17 @@ class Session:
 
     __slots__ = (
         "_consumer",
-        "_farewell",
+        "_ending",
+        "_is_paused",
         "_mailbox",
-        "_owed",
-        "_paid",
         "_protocol",
         "_received",
         "_resends",
         "_sent",
         "_services",
         "_since",
+        "_unanswered",
+        "_waiting",
         "_websocket",
         "id",
         "state",
@@ -110,13 +110,16 @@ class Session:
         self.state = State.CONNECTING
         self._services = services
         self._websocket: WebSocket | None = None
-        #: Answers that the browser has not got yet, and who waits for them to be fewer.
-        self._owed = 0
-        self._paid = Bell()
+        #: Frames that were read and not yet answered.
+        self._unanswered = 0
+        #: The message for which the publisher has no room yet.
+        self._waiting: Publication | None = None
+        #: Whether the browser is not read for the moment.
+        self._is_paused = False
         self._received = self._sent = 0
         self._resends: Resends | None = None
-        #: Close code and reason for when the writer has nothing left to do.
-        self._farewell = (1000, "")
+        #: Close code and reason for when the mailbox is closed and empty.
+        self._ending = (1000, "")
         self._since = time.monotonic()
         self._mailbox = Mailbox(services.limits.max_send_buffer)
         self._consumer: Consumer = services.consumers.prepare(user, self._mailbox)
@@ -132,41 +135,53 @@ class Session:
         return self._consumer.wait_attached(timeout)
 
     def run(self, websocket: WebSocket) -> None:
-        """Carry messages until the socket ends. Called in the greenlet of the WSGI handler."""
+        """Carry messages until the socket ends. Called in the greenlet of the WSGI request."""
         self._websocket = websocket
         if self.state is not State.CONNECTING:  # closed during the handshake: the relay is stopping
             websocket.close(1012, "the relay is stopping")
             return
-        writer: gevent.Greenlet | None = None
         try:
             self._open(websocket)
-            writer = gevent.spawn(self._run_writer, websocket)
-            writer.name = f"writer:{self.user}"
-            self._read(websocket)
-            self.close(1000, "")
+            # Not a `for` loop over the mailbox: each socket would take 1.3 KiB more, of C stack, while it waits.
+            while batch := self._mailbox.take():  # blocks until there are deliveries or answers
+                self._go_on_reading()
+                self._write(websocket, batch)  # and acknowledges
+            self.close(*self._ending)
+        except ConnectionClosed:
+            self.close()
         except Exception:
-            self._log.exception("its reader met a fault of its own")
+            self._log.exception("it met a fault of the relay's")
             self.close(1011, "a fault of the relay's")
         finally:
             try:
                 self.close(1001, "going away")  # for when this greenlet was killed
             finally:
-                self._leave(websocket, writer)
+                self._leave(websocket)
 
     def _open(self, websocket: WebSocket) -> None:
+        """Choose the protocol, greet, and receive from now on what the browser sends."""
         self._protocol = self._choose(websocket.subprotocol)
         if isinstance(self._protocol, V1):
             self.id, _ = self._services.mids.next()
             self._services.hub.register(self)
         self._set_state(State.OPEN)
         self._log.info("open, protocol %s", websocket.subprotocol or "none")
+        self._greet(websocket)
+        websocket.on_message = self._receive  # in the event loop
+        websocket.on_close = self.close
 
-    def _leave(self, websocket: WebSocket, writer: gevent.Greenlet | None) -> None:
-        """See the session to its end: its writer, its socket, its place in the hub, its channel."""
+    def _greet(self, websocket: WebSocket) -> None:
+        if isinstance(self._protocol, V1):
+            limits = self._services.limits
+            welcome = V1.welcome(
+                self.user, self.id, ping_interval=limits.ping_interval, max_message_size=limits.max_message_size
+            )
+            websocket.send_messages([(welcome, False)])
+
+    def _leave(self, websocket: WebSocket) -> None:
+        """See the session to its end: its socket, its place in the hub, its channel."""
         hub = self._services.hub
         try:
-            if writer is not None:
-                writer.join()
             # The hub counts it until the browser has answered the close frame. A process that ended before could
             # take back what the kernel still holds for it: with unread input, its sockets end with a reset.
             websocket.close()
@@ -192,7 +207,7 @@ class Session:
         """End the session; returns at once, and does nothing the second time.
 
         The socket first, so that nothing more is taken; then the consumer, which gives the broker back what was
-        not; then the mailbox, which ends the writer.
+        not; then the mailbox, which ends the greenlet. May be called in the event loop.
         """
         if self.state in (State.CLOSING, State.CLOSED):
             return
@@ -207,7 +222,9 @@ class Session:
                 self._consumer.close()
             finally:
                 self._mailbox.close()
-                self._paid.ring()  # a reader that waits for its writer need not any more
+                waiting, self._waiting = self._waiting, None
+                if waiting is not None:
+                    self._services.publisher.withdraw(waiting)
 
     def wait_detached(self, timeout: float) -> bool:
         """Block, once it was closed, until the broker has back what was not taken; tell whether it has in time."""
@@ -216,7 +233,7 @@ class Session:
     def finish(self, code: int, reason: str) -> None:
         """End the session when what is under way to it has been written; returns at once."""
         if self.state is State.OPEN:
-            self._farewell = (code, reason)
+            self._ending = (code, reason)
             self._mailbox.close()
         else:
             self.close(code, reason)
@@ -245,45 +262,65 @@ class Session:
         logger.debug("session of %s: %s -> %s", ascii(self.user), self.state.value, state.value)
         self.state = state
 
-    def _read(self, websocket: WebSocket) -> None:
-        while messages := websocket.receive_messages():
-            for payload, binary in messages:
-                while self._is_owed_much and self.state is State.OPEN:
-                    self._paid.wait()
-                if self.state is not State.OPEN:
-                    return
-                self._owed += 1
-                self._received += 1
-                try:
-                    frame = parse(payload, binary, self.user)
-                    if isinstance(frame, Submission):
-                        self._submit(frame, payload)
-                    else:
-                        self._control(frame)
-                except AnswerableError as error:
-                    self._mailbox.put(error_frame(error))
+    # -- what the browser sends, in the event loop ------------------------------------------------------------
+
+    def _receive(self, payload: bytes, binary: bool) -> None:
+        """Check what the browser sent, and queue it for the publisher. Does not block."""
+        if self.state is not State.OPEN:
+            return
+        self._received += 1
+        self._unanswered += 1
+        try:
+            frame = parse(payload, binary, self.user)
+            if isinstance(frame, Submission):
+                self._submit(frame, payload)
+            else:
+                self._control(frame)
+        except AnswerableError as error:
+            self._mailbox.put(error_frame(error))
+        except Exception:
+            self._log.exception("what its browser sent met a fault of the relay's")
+            self.close(1011, "a fault of the relay's")
+            return
+        if self._must_pause and self._websocket is not None:
+            self._is_paused = True
+            self._websocket.pause()
 
     @property
-    def _is_owed_much(self) -> bool:
-        """Whether so much waits to be answered, or to be written, that no more is read."""
-        return self._owed >= _MAX_OWED or self._mailbox.frame_bytes >= _MAX_OWED_BYTES
+    def _must_pause(self) -> bool:
+        """Whether a message waits for room, or so much is to be answered or written that no more is read."""
+        return (
+            self._unanswered >= _MAX_UNANSWERED
+            or self._waiting is not None
+            or self._mailbox.answer_bytes >= _MAX_ANSWER_BYTES
+        )
 
-    def _pay(self, count: int) -> None:
-        """Note that the browser has got answers, or needs none; called from anywhere."""
-        owed = self._owed
-        self._owed = owed - count
-        if owed >= _MAX_OWED:  # else nobody waits
-            self._paid.ring()
+    def _go_on_reading(self) -> None:
+        """Read the browser again, if there is no longer a reason to pause; called from anywhere."""
+        if self._is_paused and not self._must_pause and self._websocket is not None:
+            self._is_paused = False
+            self._websocket.resume()
+
+    def _on_room(self) -> None:
+        """The message that waited is with the publisher, or was refused; called in the event loop."""
+        self._waiting = None
+        self._go_on_reading()
+
+    def _note_answered(self, count: int) -> None:
+        """Note that frames are answered, or need no answer; called from anywhere."""
+        self._unanswered -= count
+        if self._is_paused:
+            self._go_on_reading()
 
     def _control(self, frame: ClientAck | ClientPing) -> None:
         answer = self._protocol.control(frame)
         if answer is not None:
             self._mailbox.put(answer)
         else:
-            self._pay(1)
+            self._note_answered(1)
 
     def _submit(self, submission: Submission, sent: bytes) -> None:
-        """Hand a message to the publisher; blocks while that is full. Raises `AnswerableError`.
+        """Queue a message for the publisher, or have it wait for room there. Raises `AnswerableError`.
 
         It keeps its message id where its sender was told that it may have arrived and sends the same bytes again.
         """
@@ -305,13 +342,21 @@ class Session:
             sent,
         )
         try:
-            self._services.publisher.publish(publication)
+            if not self._services.publisher.publish(publication, self._on_room):
+                self._waiting = publication
         except AnswerableError as error:
             error.message_id = submission.message_id
             raise
 
     def _answer(self, publication: Publication, error: AnswerableError | None) -> None:
         """Tell the browser what became of its message; called by the publisher, from anywhere."""
+        try:
+            self._put_answer(publication, error)
+        except Exception:
+            self._log.exception("an answer to its browser met a fault of the relay's")
+            self.close(1011, "a fault of the relay's")
+
+    def _put_answer(self, publication: Publication, error: AnswerableError | None) -> None:
         if error is not None:
             error.message_id = publication.message_id
             if publication.message_id is not None and (error.uncertain or isinstance(error, InboxFull)):
@@ -329,29 +374,9 @@ class Session:
                 self._resends.forget(publication.message_id)
             self._mailbox.put(ack_frame(publication.message_id, publication.mid, publication.time_ms))
         else:
-            self._pay(1)
+            self._note_answered(1)
 
-    def _run_writer(self, websocket: WebSocket) -> None:
-        try:
-            self._greet(websocket)
-            while items := self._mailbox.take():
-                self._paid.ring()  # a reader that waits for room in the mailbox
-                self._write(websocket, items)
-            self.close(*self._farewell)
-        except ConnectionClosed:
-            self.close()
-        except Exception:
-            self._log.exception("its writer met a fault of its own")
-        finally:
-            self.close(1011, "a fault of the relay's")  # also when this greenlet was killed
-
-    def _greet(self, websocket: WebSocket) -> None:
-        if isinstance(self._protocol, V1):
-            limits = self._services.limits
-            welcome = V1.welcome(
-                self.user, self.id, ping_interval=limits.ping_interval, max_message_size=limits.max_message_size
-            )
-            websocket.send_messages([(welcome, False)])
+    # -- what the browser gets, in the session's greenlet -----------------------------------------------------
 
     def _write(self, websocket: WebSocket, items: list[Delivery | bytes]) -> None:
         """Write answers and deliveries, about `_CHUNK` bytes or one item at a time."""
@@ -392,4 +417,4 @@ class Session:
         if taken:
             self._protocol.written(taken)
         if answers:
-            self._pay(answers)
+            self._note_answered(answers)

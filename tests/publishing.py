@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import gevent
+from gevent.event import Event
 
 from imrelay.broker.connection import Connection
 from imrelay.broker.publication import Publication
@@ -42,7 +43,9 @@ class Sender:
     def send(self, user: str, mid: str, body: bytes = b"{}", message_id: str | None = "c1") -> Publication:
         """Publish a message; blocks while the publisher has no room."""
         publication = Publication(user, body, False, mid, 0, message_id, self._on_done)
-        self.publisher.publish(publication)
+        room = Event()
+        if not self.publisher.publish(publication, room.set):
+            room.wait()
         self.publications.append(publication)
         return publication
 

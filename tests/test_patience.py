@@ -135,7 +135,8 @@ def send(publisher: Publisher, mid: str, message_id: str | None = None) -> list[
     """Publish a message to ben, and return where its answer will stand."""
     answers: list[AnswerableError | None] = []
     publisher.publish(
-        Publication("ben", b"{}", False, mid, 0, message_id, lambda publication, error: answers.append(error))
+        Publication("ben", b"{}", False, mid, 0, message_id, lambda publication, error: answers.append(error)),
+        lambda: None,
     )
     return answers
 

@@ -31,12 +31,6 @@ class Socket:
     def __init__(self, subprotocol: str | None) -> None:
         self.subprotocol = subprotocol
         self.written: list[bytes] = []
-        self._closed = gevent.event.Event()
-
-    def receive_messages(self) -> list[Any]:
-        """Block until it is closed."""
-        self._closed.wait()
-        return []
 
     def send_messages(self, frames: list[tuple[bytes, bool]]) -> None:
         """Note what is written."""
@@ -44,7 +38,6 @@ class Socket:
 
     def close(self, code: int = 1000, reason: str = "", *, wait: bool = True) -> None:
         """End it."""
-        self._closed.set()
 
 
 @pytest.fixture

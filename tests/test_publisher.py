@@ -74,7 +74,7 @@ def test_what_was_answered_does_not_pile_up(publisher: Publisher) -> None:
                 over.set()
 
         for number in range(5):
-            publisher.publish(message(f"m{batch}{number}", answered))
+            publisher.publish(message(f"m{batch}{number}", answered), lambda: None)
         assert over.wait(30)
         assert all(isinstance(error, BrokerUnavailable) for error in answers)
     gevent.sleep(0)
@@ -83,14 +83,26 @@ def test_what_was_answered_does_not_pile_up(publisher: Publisher) -> None:
 
 
 def test_no_room_in_time_is_an_error(publisher: Publisher) -> None:
-    """A message for which there is no room within the time limit is refused and not kept."""
+    """A message for which there is no room within the time limit is refused, not kept, and its sender goes on."""
+    answers: list[AnswerableError | None] = []
+    goes_on = Event()
     with gevent.Timeout(30):
         for number in range(5):
-            publisher.publish(message(f"m{number}", lambda publication, error: None))
-        publisher._timeout = 0.0
-        with pytest.raises(BrokerUnavailable, match="too many messages"):
-            publisher.publish(message("x", lambda publication, error: None))
+            assert publisher.publish(message(f"m{number}", lambda publication, error: None), raise_fault)
+        publisher._ledger._timeout = 0.0
+        assert not publisher.publish(
+            message("x", lambda publication, error: answers.append(error)), lambda: goes_on.set()
+        )
+        assert goes_on.wait(30)
+    assert isinstance(answers[0], BrokerUnavailable)
+    assert "too many messages" in str(answers[0])
     assert "x" not in {publication.mid for publication in publisher._ledger}
+    assert "x" not in {publication.mid for publication in publisher._queue}
+
+
+def raise_fault() -> None:
+    """Nobody has to be told of room that was there."""
+    raise AssertionError
 
 
 def test_the_deadlines_outlive_a_fault(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +117,7 @@ def test_the_deadlines_outlive_a_fault(publisher: Publisher, monkeypatch: pytest
         raise RuntimeError("odd")
 
     monkeypatch.setattr(type(publisher._ledger), "expire", expire)
-    publisher.publish(message("m", lambda publication, error: answered.set()))
+    publisher.publish(message("m", lambda publication, error: answered.set()), lambda: None)
     assert failed.wait(30)
     assert answered.wait(30)
 

@@ -1,7 +1,8 @@
-"""What becomes of a session when something in it fails: it ends, and its consumer, greenlets and place with it."""
+"""What becomes of a session when something in it fails: it ends, and its consumer, greenlet and place with it."""
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -13,6 +14,7 @@ from gevent.event import Event
 from imrelay import session as session_module
 from imrelay.broker.frames import Delivery
 from imrelay.broker.mailbox import Mailbox
+from imrelay.broker.publication import Publication
 from imrelay.config import WebSocketConfig
 from imrelay.hub import Hub
 from imrelay.mid import MessageIds
@@ -25,6 +27,7 @@ from tests.harness import eventually
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0
+MESSAGE = b'{"to":{"id":"ben"}}'
 PING = json.dumps({"ping": "x" * 60_000}).encode()
 
 
@@ -59,7 +62,7 @@ class FakeConsumer:
 
 
 class FakeSocket:
-    """A WebSocket whose peer sends `incoming`, and takes something while `takes` is set."""
+    """A WebSocket whose peer sends what `receive` is given, and takes something while `takes` is set."""
 
     subprotocol = "imrelay.v1"
 
@@ -69,8 +72,10 @@ class FakeSocket:
         self.taken: list[tuple[bytes, bool]] = []
         self.takes = Event()
         self.takes.set()
-        self.came = Event()
         self.is_over = Event()
+        self.is_paused = False
+        self.on_message: Callable[[bytes, bool], None] = raise_fault
+        self.on_close: Callable[[], None] = raise_fault
         self.close_code: int | None = None
         self.close_reason = ""
         #: What closing raises, and what its end waits for.
@@ -78,15 +83,30 @@ class FakeSocket:
         self.is_answered = Event()
         self.is_answered.set()
 
-    def receive_messages(self) -> list[tuple[bytes, bool]]:
-        """Return one message at a time; nothing when it is over."""
-        while not self.incoming and not self.is_over.is_set():
-            self.came.wait()
-            self.came.clear()
-        if self.is_over.is_set():
-            return []
-        self.received += 1
-        return [self.incoming.pop(0)]
+    def receive(self, *messages: bytes) -> None:
+        """Receive messages from the peer; they are handed over in the event loop."""
+        self.incoming += [(message, False) for message in messages]
+        gevent.get_hub().loop.run_callback(self._hand_over)
+
+    def _hand_over(self) -> None:
+        while self.incoming and not (self.is_paused or self.is_over.is_set()):
+            self.received += 1
+            self.on_message(*self.incoming.pop(0))
+
+    def pause(self) -> None:
+        """Hand over nothing."""
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """Hand over again."""
+        self.is_paused = False
+        self.receive()
+
+    def lose(self) -> None:
+        """Be closed by the peer."""
+        self.close_code = self.close_code or 1006
+        self.is_over.set()
+        gevent.get_hub().loop.run_callback(self.on_close)
 
     def send_messages(self, messages: Sequence[tuple[bytes, bool]]) -> None:
         """Block until the peer takes it."""
@@ -100,12 +120,43 @@ class FakeSocket:
         if self.close_code is None:
             self.close_code, self.close_reason = code, reason
         self.is_over.set()
-        self.came.set()
         self.takes.set()
         if self.failure is not None:
             raise self.failure
         if wait:
             self.is_answered.wait()
+
+
+def raise_fault(*arguments: object, **more: object) -> Any:
+    """Fail as nobody expects."""
+    raise RuntimeError("injected")
+
+
+class FakePublisher:
+    """Has room while the test says so, and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.has_room = True
+        self.publications: list[Publication] = []
+        self.waiting: dict[Publication, Callable[[], None]] = {}
+
+    def publish(self, publication: Publication, on_room: Callable[[], None]) -> bool:
+        """Take a message, or let it wait."""
+        if not self.has_room:
+            self.waiting[publication] = on_room
+            return False
+        self.publications.append(publication)
+        return True
+
+    def give_room(self) -> None:
+        """Take the message that has waited longest; called in the event loop, as by a confirm."""
+        publication = next(iter(self.waiting))
+        self.publications.append(publication)
+        gevent.get_hub().loop.run_callback(self.waiting.pop(publication))
+
+    def withdraw(self, publication: Publication) -> None:
+        """Forget a message that waits."""
+        del self.waiting[publication]
 
 
 class Bench:
@@ -116,10 +167,12 @@ class Bench:
         self.consumer = FakeConsumer()
         self.mailbox = Mailbox()
         self.socket = FakeSocket()
+        self.publisher = FakePublisher()
+        self.before = greenlets()
         services = Services(
             self.hub,
             cast(Any, self),
-            cast(Any, None),
+            cast(Any, self.publisher),
             MessageIds(lambda: 1_800_000_000.0),
             cast(Any, None),
             limits=WebSocketConfig(),
@@ -147,20 +200,13 @@ class Bench:
         assert self.session.state in (State.CLOSING, State.CLOSED)
         assert len(self.hub) == 0
         assert self.hub._by_id == {}
-        assert self.writers() == []
+        assert greenlets() <= self.before
 
-    @staticmethod
-    def writers() -> list[gevent.Greenlet]:
-        """Return the writers that live."""
-        import gc
 
-        return [
-            found
-            for found in gc.get_objects()
-            if isinstance(found, gevent.Greenlet)
-            and not found.dead
-            and str(getattr(found, "name", "")).startswith("writer:")
-        ]
+def greenlets() -> set[gevent.Greenlet]:
+    """Return the greenlets that live."""
+    found = [one for one in gc.get_objects() if isinstance(one, gevent.Greenlet)]
+    return {greenlet for greenlet in found if greenlet.started and not greenlet.dead}
 
 
 @pytest.fixture
@@ -175,27 +221,42 @@ def bench() -> Iterator[Bench]:
         made.running.kill()
 
 
-def raise_fault(*arguments: object, **more: object) -> Any:
-    """Fail as nobody expects."""
-    raise RuntimeError("injected")
-
-
-def test_a_fault_in_the_writer_ends_the_session(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_behind_a_write_ends_the_session(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """What fails behind the write of a delivery ends the session with 1011; it is not acknowledged."""
     bench.open()
     monkeypatch.setattr(type(bench.session._protocol), "written", raise_fault)
     bench.mailbox.deliver(Delivery("inbox", 1, False, b"{}", None, False, True, None))
     bench.expect_ended(1011)
     assert bench.consumer.acked == []
+    assert "RuntimeError: injected" in caplog.text
 
 
-def test_a_fault_in_the_reader_ends_the_session(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails while a message is read ends the session with 1011."""
+def test_a_fault_while_a_message_is_read_ends_the_session(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What fails in the event loop ends the session with 1011 and is logged; what follows is not looked at."""
     bench.open()
     monkeypatch.setattr(session_module, "parse", raise_fault)
-    bench.socket.incoming.append((b"{}", False))
-    bench.socket.came.set()
+    bench.socket.receive(b"{}", b"{}")
     bench.expect_ended(1011)
+    assert bench.socket.received == 1
+    assert "RuntimeError: injected" in caplog.text
+
+
+def test_a_fault_of_an_answer_ends_the_session(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A browser whose message cannot be answered is not left without: the session ends with 1011."""
+    bench.open()
+    bench.socket.receive(b'{"to":{"id":"ben"},"id":1}')
+    eventually(lambda: bench.publisher.publications, sleep=gevent.sleep)
+    monkeypatch.setattr(session_module, "ack_frame", raise_fault)
+    (publication,) = bench.publisher.publications
+    publication.on_done(publication, None)
+    bench.expect_ended(1011)
+    assert "RuntimeError: injected" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["_greet", "_open", "_choose"])
@@ -207,59 +268,73 @@ def test_a_fault_at_the_start_ends_the_session(broken: str, monkeypatch: pytest.
         bench.expect_ended(1011)
 
 
-def test_a_writer_that_is_killed_takes_the_session_along(bench: Bench) -> None:
-    """A session without its writer would read and answer nothing."""
+def test_the_end_of_its_socket_ends_the_session(bench: Bench) -> None:
+    """When the browser has left, the greenlet that waits for deliveries ends, and the consumer at once."""
     bench.open()
-    (writer,) = bench.writers()
-    writer.kill()
-    bench.expect_ended(1011)
+    bench.socket.lose()
+    bench.expect_ended(1006)
 
 
-def test_a_writer_that_is_killed_wakes_a_reader_that_waits_for_it(bench: Bench) -> None:
-    """A reader that waits until its browser has taken answers ends with the writer."""
-    bench.open()
-    bench.socket.takes.clear()
-    bench.socket.incoming += [(PING, False)] * 20
-    bench.socket.came.set()
-    eventually(lambda: bench.session._paid._waiting, sleep=gevent.sleep)
-    (writer,) = bench.writers()
-    writer.kill()
-    bench.expect_ended(1011)
-
-
-@pytest.mark.parametrize("moment", ["reading", "waiting for the writer", "waiting for the browser"])
-def test_a_reader_that_is_killed_takes_the_session_along(bench: Bench, moment: str) -> None:
+@pytest.mark.parametrize("moment", ["waiting", "writing", "waiting for the browser"])
+def test_a_greenlet_that_is_killed_takes_the_session_along(bench: Bench, moment: str) -> None:
     """Whenever the server ends the greenlet of the request, nothing of the session is left."""
     bench.open()
     code = 1001
-    if moment == "waiting for the writer":
+    if moment == "writing":
         bench.socket.takes.clear()
         bench.mailbox.put(b"{}")
         gevent.sleep(0)
-        bench.socket.close = raise_nothing(bench.socket)  # type: ignore[method-assign]
-        code = 1000
-        bench.session.close(code)
-        gevent.sleep(0.01)
     elif moment == "waiting for the browser":
         bench.socket.is_answered.clear()
         code = 1000
         bench.session.close(code)
-        eventually(lambda: not bench.writers(), sleep=gevent.sleep)
+        gevent.sleep(0)
+    assert not bench.running.ready()
     bench.running.kill()
-    bench.socket.takes.set()
-    eventually(lambda: not bench.writers(), sleep=gevent.sleep)
     bench.expect_ended(code)
 
 
-def raise_nothing(socket: FakeSocket) -> Callable[..., None]:
-    """Return a `close` of a socket whose peer still takes nothing."""
+def test_a_session_that_ends_withdraws_the_message_that_waits(bench: Bench) -> None:
+    """The message for which there was no room goes with its sender: nothing of an ended session waits."""
+    bench.open()
+    bench.publisher.has_room = False
+    bench.socket.receive(MESSAGE)
+    eventually(lambda: bench.publisher.waiting, sleep=gevent.sleep)
+    bench.session.close(4408)
+    bench.expect_ended(4408)
+    assert bench.publisher.waiting == {}
+    assert bench.publisher.publications == []
 
-    def close(code: int = 1000, reason: str = "", *, wait: bool = True) -> None:
-        socket.close_code = socket.close_code or code
-        socket.is_over.set()
-        socket.came.set()
 
-    return close
+def test_without_room_one_message_waits_and_no_more_is_read(bench: Bench) -> None:
+    """While the publisher has no room the socket is not read, but written to; with room it goes on in order."""
+    bench.open()
+    bench.publisher.has_room = False
+    messages = [json.dumps({"to": {"id": "ben"}, "number": number}).encode() for number in range(5)]
+    bench.socket.receive(*messages)
+    eventually(lambda: bench.publisher.waiting, sleep=gevent.sleep)
+    bench.mailbox.deliver(Delivery("inbox", 1, False, b'{"x":1}', None, False, True, None))
+    eventually(lambda: len(bench.socket.taken) == 2, sleep=gevent.sleep)
+    assert bench.socket.received == len(bench.publisher.waiting) == 1
+    bench.publisher.give_room()
+    eventually(lambda: bench.publisher.waiting, sleep=gevent.sleep)
+    assert bench.socket.received == 2
+    bench.publisher.has_room = True
+    bench.publisher.give_room()
+    eventually(lambda: bench.socket.received == 5, sleep=gevent.sleep)
+    assert [publication.sent for publication in bench.publisher.publications] == messages
+
+
+def test_messages_without_an_answer_are_bounded_in_number(bench: Bench) -> None:
+    """With 256 messages that nobody has answered the socket is paused, until the first one is."""
+    bench.open()
+    bench.socket.receive(*[MESSAGE] * 300)
+    eventually(lambda: bench.socket.is_paused, sleep=gevent.sleep)
+    assert bench.socket.received == len(bench.publisher.publications) == 256
+    for publication in bench.publisher.publications[:10]:
+        publication.on_done(publication, None)
+    eventually(lambda: bench.socket.received == 266, sleep=gevent.sleep)
+    assert bench.socket.is_paused
 
 
 @pytest.mark.parametrize("broken", ["socket", "consumer"])
@@ -276,14 +351,13 @@ def test_answers_that_nobody_takes_are_bounded_in_bytes(bench: Bench) -> None:
     """A browser that sends large pings and reads nothing is not read any more; later every one is answered."""
     bench.open()
     bench.socket.takes.clear()
-    bench.socket.incoming += [(PING, False)] * 256
-    bench.socket.came.set()
-    eventually(lambda: bench.session._paid._waiting, sleep=gevent.sleep)
+    bench.socket.receive(*[PING] * 256)
+    eventually(lambda: bench.socket.is_paused, sleep=gevent.sleep)
     assert bench.socket.received <= 6
-    assert bench.mailbox.frame_bytes <= 65_536 + len(PING)
+    assert bench.mailbox.answer_bytes <= 65_536 + len(PING)
     bench.socket.takes.set()
     eventually(lambda: len(bench.socket.taken) == 1 + 256, sleep=gevent.sleep)
-    assert bench.session._owed == 0
+    assert bench.session._unanswered == 0
 
 
 def test_who_resumes_a_session_waits_until_the_broker_has_back_what_it_had(bench: Bench) -> None:

@@ -231,39 +231,113 @@ def test_one_sender_that_fails_keeps_no_other_from_its_answer(caplog: pytest.Log
     def fail(publication: Publication, error: AnswerableError | None) -> None:
         raise RuntimeError("a fault of the session's")
 
-    ledger.add(publication("m1", fail))
-    ledger.add(publication("m2", lambda publication, error: answered.append(publication.mid)))
+    ledger.add(publication("m1", fail), nothing)
+    ledger.add(publication("m2", lambda publication, error: answered.append(publication.mid)), nothing)
     assert ledger.expire()
     assert answered == ["m2"]
     assert len(ledger) == ledger.held_bytes == 0
     assert "m1 could not be answered" in caplog.text
 
 
+def nothing() -> None:
+    """Nobody waits to be told of room."""
+
+
+class Room:
+    """A ledger of 10 messages and 1,000 bytes, and the order in which it accepts messages of one sender each."""
+
+    def __init__(self, timeout: float = PATIENCE) -> None:
+        self.order: list[str] = []
+        self.told: list[str] = []
+        self.errors: dict[str, AnswerableError | None] = {}
+        self.ledger = Ledger(10, timeout, 1000, lambda publication: self.order.append(publication.mid))
+        self.made: dict[str, Publication] = {}
+
+    def add(self, mid: str, size: int = 2) -> None:
+        def answered(publication: Publication, error: AnswerableError | None) -> None:
+            self.errors[mid] = error
+
+        made = self.made[mid] = publication(mid, answered, b"x" * size)
+        if self.ledger.add(made, lambda: self.told.append(mid)):
+            self.order.append(mid)
+
+    def answer(self, mid: str) -> None:
+        self.ledger.answer(self.made[mid], None)
+
+
 def test_room_is_given_in_order_and_by_size() -> None:
     """Who waits for room gets it in turn; what is larger than all room is alone; nobody waits beside room."""
-    ledger = Ledger(10, PATIENCE, 1000)
-    order: list[str] = []
+    room = Room()
+    room.add("large", 5000)
+    for number in range(4):
+        room.add(f"w{number}", 300)
+    room.add("small", 1)
+    assert room.order == ["large"]
+    room.answer("large")
+    assert room.order == ["large", "w0", "w1", "w2"], "one that is small does not overtake"
+    assert room.told == ["w0", "w1", "w2"]
+    assert room.ledger.held_bytes == 900
+    room.answer("w1")
+    assert room.order[4:] == ["w3", "small"] == room.told[3:]
+    assert room.ledger.held_bytes == 901
 
-    def add(mid: str, size: int) -> None:
-        made = publication(mid, lambda publication, error: None, b"x" * size)
-        ledger.add(made)
-        order.append(mid)
-        pending.append(made)
 
-    pending: list[Publication] = []
+def test_a_message_that_is_withdrawn_makes_way() -> None:
+    """When the first one in the line leaves, those behind it have their room; nobody is told of it any more."""
+    room = Room()
+    room.add("here", 900)
+    room.add("large", 500)
+    room.add("small", 50)
+    room.ledger.withdraw(room.made["large"])
+    assert room.order == ["here", "small"]
+    assert room.told == ["small"]
+    assert "large" not in room.errors
+    room.ledger.withdraw(room.made["here"])  # it does not wait: nothing happens
+    assert len(room.ledger) == 2
+
+
+def test_who_waits_too_long_for_room_is_told() -> None:
+    """After the time limit a message that waits is refused, certainly; the sender goes on, and those behind it."""
+    room = Room(0.0)
+    room.add("here", 900)
+    room.add("large", 500)
+    room.ledger._timeout = PATIENCE
+    room.add("small", 50)
+    room.made["here"].deadline += PATIENCE
+    assert not room.ledger.expire()
+    error = room.errors["large"]
+    assert isinstance(error, BrokerUnavailable)
+    assert not error.uncertain
+    assert room.told == ["large", "small"]
+    assert room.order == ["here", "small"]
+
+
+def test_a_ledger_that_is_closed_answers_who_waits() -> None:
+    """At the end each message is answered once, also those that had no room; later ones are refused."""
+    room = Room()
+    room.add("here", 900)
+    room.add("large", 500)
+    room.ledger.close()
+    assert all(isinstance(room.errors[mid], BrokerUnavailable) for mid in ("here", "large"))
+    assert room.order == ["here"]
+    assert room.told == ["large"]
+    with pytest.raises(BrokerUnavailable, match="stopping"):
+        room.add("late")
+
+
+def test_a_stop_waits_for_who_has_just_got_room() -> None:
+    """The ledger is not empty in the moment in which a message that waited takes the place of the last one."""
+    room = Room()
+    room.add("here", 900)
+    room.add("next", 500)
     with gevent.Timeout(PATIENCE):
-        add("large", 5000)
-        waiting = [gevent.spawn(add, f"w{number}", 300) for number in range(4)]
+        waiting = gevent.spawn(room.ledger.wait_empty, PATIENCE)
         gevent.sleep(0)
-        assert order == ["large"]
-        ledger.answer(pending[0], None)
-        gevent.joinall(waiting[:3])
-        assert order == ["large", "w0", "w1", "w2"]
-        assert ledger.held_bytes == 900
-        ledger.answer(pending[2], None)
-        waiting[3].join()
-    assert order[-1] == "w3"
-    assert ledger.held_bytes == 900
+        room.answer("here")
+        gevent.sleep(0)
+        assert not waiting.ready()
+        room.answer("next")
+        assert waiting.get() == 0
 
 
 def test_a_confirm_costs_what_it_confirms() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 
 from gevent.event import Event
 
@@ -17,32 +17,30 @@ __all__ = ["Ledger"]
 logger = logging.getLogger(__name__)
 
 
-class _Turn:
-    """A greenlet that waits for room for a message of `size` bytes."""
-
-    __slots__ = ("is_admitted", "size", "wakeup")
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.wakeup = Event()
-        #: Whether the room is taken for it.
-        self.is_admitted = False
-
-
 class Ledger:
     """Up to `size` messages of `size_bytes` together, each for `timeout` seconds; iterating: oldest first.
 
-    One message that is larger than that on its own is accepted while there is no other.
+    One message that is larger than that on its own is accepted while there is no other. Messages for which there
+    is no room wait, one for each sender, and are accepted in their order; `on_accepted` is called with each of
+    those. Nothing here but `wait_empty` blocks, and all else may be called in the event loop.
     """
 
-    def __init__(self, size: int, timeout: float, size_bytes: int) -> None:
+    def __init__(
+        self,
+        size: int,
+        timeout: float,
+        size_bytes: int,
+        on_accepted: Callable[[Publication], None] = lambda publication: None,
+    ) -> None:
         self._size = size
         self._size_bytes = size_bytes
         self._timeout = timeout
+        self._on_accepted = on_accepted
         self._pending: dict[Publication, None] = {}
-        #: What is taken, for messages that are pending or just being added.
-        self._taken = self._taken_bytes = 0
-        self._turns: deque[_Turn] = deque()
+        #: Bytes of the bodies in `_pending`.
+        self._pending_bytes = 0
+        #: The messages for which there was no room, and what tells the sender that it may give the next one.
+        self._waiting: OrderedDict[Publication, Callable[[], None]] = OrderedDict()
         self._empty: Event | None = None
         self._closed = False
 
@@ -55,47 +53,59 @@ class Ledger:
     @property
     def held_bytes(self) -> int:
         """Bytes of the bodies that are kept."""
-        return self._taken_bytes
+        return self._pending_bytes
 
     @property
     def is_filling(self) -> bool:
         """Whether over half of the room is taken."""
-        return 2 * self._taken > self._size
+        return 2 * len(self._pending) > self._size
 
-    def add(self, publication: Publication) -> None:
-        """Accept a message; blocks while there is no room. Its `on_done` will be called once.
+    def add(self, publication: Publication, on_room: Callable[[], None]) -> bool:
+        """Accept a message, or let it wait for room; tell whether it was accepted. Its `on_done` is called once.
 
-        Raises `BrokerUnavailable` when there was no room within the time limit, or the ledger was closed.
+        A sender whose message waits gives no other one before `on_room` is called: then the message was accepted,
+        or was answered because it had waited for `timeout` seconds. Raises `BrokerUnavailable` once it is closed.
         """
-        size = len(publication.body)
-        if self._turns or not self._has_room(size):
-            self._wait_for_room(size)
-        else:
-            self._take(size)
         if self._closed:
-            self._give_back(size)
             raise BrokerUnavailable("the relay is stopping; this message was not accepted")
         publication.deadline = time.monotonic() + self._timeout
+        if self._waiting or not self._has_room(len(publication.body)):
+            self._waiting[publication] = on_room
+            return False
         self._pending[publication] = None
+        self._pending_bytes += len(publication.body)
+        return True
+
+    def withdraw(self, publication: Publication) -> None:
+        """Forget a message if it still waits for room: its sender is gone, and is not told of anything."""
+        if self._waiting.pop(publication, None) is not None:
+            publication.done = True
+            publication.body = publication.sent = b""
+            self._admit()  # the next one may need less room
 
     def answer(self, publication: Publication, error: AnswerableError | None) -> None:
-        """Tell the sender: it was confirmed, or why not. The first answer counts; may be called from the hub.
+        """Tell the sender: it was confirmed, or why not. The first answer counts.
 
         The body is let go: a broker that takes and does not confirm must not keep it here.
         """
         if publication.done:
             return
-        publication.done = True
         del self._pending[publication]
-        size = len(publication.body)
+        self._pending_bytes -= len(publication.body)
+        self._tell(publication, error)
+        if self._waiting:
+            self._admit()
+        if self._empty is not None and not self._pending:
+            self._empty.set()
+
+    def _tell(self, publication: Publication, error: AnswerableError | None) -> None:
+        """Give a sender its answer."""
+        publication.done = True
         try:
             publication.on_done(publication, error)
         except Exception:  # one sender's fault is not that of the others, who are answered in the same loop
             logger.exception("the sender of message %s could not be answered", publication.mid)
         publication.body = publication.sent = b""
-        self._give_back(size)
-        if self._empty is not None and not self._taken:
-            self._empty.set()
 
     def expire(self) -> bool:
         """Answer what was not confirmed in time; tell whether there was any."""
@@ -107,12 +117,16 @@ class Ledger:
             late.append(publication)
         for publication in late:
             self._give_up(publication, f"within {self._timeout:g} seconds")
+        while self._waiting and next(iter(self._waiting)).deadline <= now:
+            self._refuse_first("too many messages wait for the broker; this one was not accepted")
+        if self._waiting:
+            self._admit()  # those behind them may need less room
         return bool(late)
 
     def wait_empty(self, timeout: float) -> int:
         """Block until every message has been answered, or for `timeout` seconds; return how many were not."""
         deadline = time.monotonic() + timeout
-        while self._taken:  # also by one that has waited for room and is just being added
+        while self._pending:  # while any wait for room, some are pending
             self._empty = Event()
             if not self._empty.wait(max(0.0, deadline - time.monotonic())):
                 break
@@ -121,10 +135,10 @@ class Ledger:
     def close(self) -> None:
         """Accept nothing more, and answer what is left with `BrokerUnavailable`."""
         self._closed = True
+        while self._waiting:
+            self._refuse_first("the relay is stopping; this message was not accepted")
         for publication in list(self._pending):
             self._give_up(publication, "before the relay stopped")
-        for turn in self._turns:
-            turn.wakeup.set()
 
     def _give_up(self, publication: Publication, when: str) -> None:
         """Answer a message that was not confirmed: what has not left this process is withdrawn."""
@@ -135,46 +149,29 @@ class Ledger:
         self.answer(publication, BrokerUnavailable(why, uncertain=publication.handed_over))
 
     def _has_room(self, size: int) -> bool:
-        taken = self._taken
-        return not taken or (taken < self._size and self._taken_bytes + size <= self._size_bytes)
-
-    def _take(self, size: int) -> None:
-        self._taken += 1
-        self._taken_bytes += size
-
-    def _give_back(self, size: int) -> None:
-        self._taken -= 1
-        self._taken_bytes -= size
-        if self._turns:
-            self._admit()
+        count = len(self._pending)
+        return not count or (count < self._size and self._pending_bytes + size <= self._size_bytes)
 
     def _admit(self) -> None:
-        """Let in those who wait, in their order, as far as there is room."""
-        while self._turns and self._has_room(self._turns[0].size):
-            turn = self._turns.popleft()
-            self._take(turn.size)
-            turn.is_admitted = True
-            turn.wakeup.set()
+        """Accept messages that wait, in their order, as far as there is room."""
+        waiting = self._waiting
+        while waiting and self._has_room(len(next(iter(waiting)).body)):
+            publication, on_room = waiting.popitem(last=False)
+            publication.deadline = time.monotonic() + self._timeout
+            self._pending[publication] = None
+            self._pending_bytes += len(publication.body)
+            self._on_accepted(publication)
+            self._go_on(publication, on_room)
 
-    def _wait_for_room(self, size: int) -> None:
-        """Block until it is this greenlet's turn and there is room, which is then taken."""
-        if self._closed:
-            self._take(size)
-            return
-        turn = _Turn(size)
-        self._turns.append(turn)
+    def _refuse_first(self, why: str) -> None:
+        """Answer the message that has waited longest for room."""
+        publication, on_room = self._waiting.popitem(last=False)
+        self._tell(publication, BrokerUnavailable(why))
+        self._go_on(publication, on_room)
+
+    @staticmethod
+    def _go_on(publication: Publication, on_room: Callable[[], None]) -> None:
         try:
-            turn.wakeup.wait(self._timeout)
-        except BaseException:
-            if turn.is_admitted:
-                self._give_back(size)
-            raise
-        finally:
-            if not turn.is_admitted:
-                self._turns.remove(turn)
-                self._admit()  # the others may need less room
-        if turn.is_admitted:
-            return
-        if self._closed:
-            raise BrokerUnavailable("the relay is stopping; this message was not accepted")
-        raise BrokerUnavailable("too many messages wait for the broker; this one was not accepted")
+            on_room()
+        except Exception:
+            logger.exception("the sender of message %s could not be told to go on", publication.mid)

@@ -96,7 +96,7 @@ class LiveQueue:
     def merge(self) -> list[Delivery]:
         """Return what was set aside in its order, with what the live queue has brought too.
 
-        The writer knows repeats of relays by their ids. Those of other programs are not known: two
+        The session knows repeats of relays by their ids. Those of other programs are not known: two
         messages of the same content may be one that came twice, or two, of which none may be left out.
         """
         return self.settle() + (self.held or [])

@@ -1,10 +1,11 @@
-"""What a greenlet waits for: a bell that anybody rings, and the mailbox of one browser socket."""
+"""What a greenlet waits for: a bell that anybody rings, and what is to be written to one browser socket."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import gevent
+from gevent import get_hub, getcurrent
 
 from imrelay.broker.frames import Delivery
 
@@ -12,7 +13,7 @@ __all__ = ["Bell", "Delivery", "Mailbox"]
 
 
 class Bell:
-    """What one greenlet waits at and anybody rings, the hub too. Cheaper than an `Event`, which many may wait for.
+    """What one greenlet waits for, and anybody rings, the event loop too. An `Event`, for many, costs more.
 
     A ring that nobody waits for is not remembered: look at what you wait for before each `wait`.
     """
@@ -25,9 +26,9 @@ class Bell:
 
     def wait(self) -> None:
         """Block until it is rung."""
-        self._waiting = gevent.getcurrent()
+        self._waiting = getcurrent()
         try:
-            gevent.get_hub().switch()
+            get_hub().switch()
         finally:
             self._waiting = None
 
@@ -35,7 +36,7 @@ class Bell:
         """Wake who waits, in this turn of the loop."""
         if self._waiting is not None and not self._is_rung:
             self._is_rung = True
-            gevent.get_hub().loop.run_callback(self._wake)
+            get_hub().loop.run_callback(self._wake)
 
     def _wake(self) -> None:
         self._is_rung = False
@@ -44,39 +45,41 @@ class Bell:
 
 
 class Mailbox(Bell):
-    """What waits for one socket's writer: deliveries, and frames from this process; in order.
+    """What waits to be written to one socket: deliveries, and answers of this process; in order.
 
-    Who delivers keeps to `budget`, in bytes of bodies; frames are bounded by who puts them.
+    Who delivers keeps to `budget`, in bytes of bodies; answers are bounded by who puts them. All but `take` may be
+    called in the event loop.
     """
 
-    __slots__ = ("_closed", "_items", "_taken", "budget", "frame_bytes", "on_empty", "size")
+    __slots__ = ("_closed", "_items", "_taken", "answer_bytes", "budget", "on_empty", "size")
 
     def __init__(self, budget: int = 1_048_576) -> None:
         super().__init__()
         self.budget = budget
         #: Bytes of the deliveries that wait or are being written; each counts one more, so that 0 means none.
         self.size = 0
-        #: Called in the writer when all deliveries that were there have been written.
+        #: Called in the greenlet that takes, when all deliveries that were there have been written.
         self.on_empty: Callable[[], None] | None = None
         self._taken = 0
         self._items: list[Delivery | bytes] = []
         self._closed = False
-        #: Bytes of the frames in it.
-        self.frame_bytes = 0
+        #: Bytes of the answers that wait.
+        self.answer_bytes = 0
 
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
 
-    def put(self, frame: bytes) -> None:
-        """Add a frame. May be called from the hub."""
-        self._items.append(frame)
-        self.frame_bytes += len(frame)
-        self.ring()
+    def put(self, answer: bytes) -> None:
+        """Add an answer."""
+        self._items.append(answer)
+        self.answer_bytes += len(answer)
+        if self._waiting is not None and not self._is_rung:
+            self.ring()
 
     def deliver(self, delivery: Delivery) -> None:
-        """Add a delivery. May be called from the hub.
+        """Add a delivery.
 
         Once the mailbox is closed it is left out: unacknowledged, the broker gives it to somebody else.
         """
@@ -87,7 +90,7 @@ class Mailbox(Bell):
                 self.ring()
 
     def close(self) -> None:
-        """End it: the reader gets what is there and then an empty list. May be called from the hub."""
+        """End it: who takes gets what is there, and then an empty list."""
         self._closed = True
         self.ring()
 
@@ -104,5 +107,5 @@ class Mailbox(Bell):
             self.wait()
         items, self._items = self._items, []
         self._taken = self.size
-        self.frame_bytes = 0
+        self.answer_bytes = 0
         return items

@@ -58,7 +58,7 @@ class Publisher:
     `on_exchange_lost` is called when the exchange had been deleted and is declared anew: its bindings are gone.
     `queue_size` and `queue_bytes` bound the messages that are not yet answered; `queue_size` also those that were
     handed over and not confirmed. `timeout` (seconds) is the longest time that a message waits for its answer, and
-    the longest that `publish` blocks for room. `inbox_expires` is the `x-expires` of new inboxes (seconds).
+    the longest that it waits for room before. `inbox_expires` is the `x-expires` of new inboxes (seconds).
     `other_server`: users without an inbox may be at the article's Node.js server.
     """
 
@@ -83,7 +83,7 @@ class Publisher:
         self._on_exchange_lost = on_exchange_lost
         self._clock = clock
         self._exchange_is_lost = False
-        self._ledger = Ledger(queue_size, timeout, queue_bytes)
+        self._ledger = Ledger(queue_size, timeout, queue_bytes, self._enqueue)
         self._queue: deque[Publication] = deque()
         self._under_way = UnderWay()
         self._max_under_way = queue_size
@@ -154,14 +154,25 @@ class Publisher:
         """Why it is not ready, in one sentence."""
         return self._connection.reason or "the channel is being opened"
 
-    def publish(self, publication: Publication) -> None:
-        """Queue a message; blocks while there is no room. Its `on_done` will be called once.
+    def publish(self, publication: Publication, on_room: Callable[[], None]) -> bool:
+        """Queue a message; tell whether there was room. Its `on_done` will be called once. Never blocks.
 
-        Raises `BrokerUnavailable` when there was no room within the time limit, or the publisher was stopped, and
-        `TooLarge` for a message over what the broker is known to take.
+        Without room it waits for some, and its sender gives no other one before `on_room` is called: the message
+        is queued then, or was answered with `BrokerUnavailable` because it had waited too long. May be called in
+        the event loop. Raises `BrokerUnavailable` when the publisher was stopped, and `TooLarge` for a message
+        over what the broker is known to take.
         """
         self._refusals.check_size(publication.body)
-        self._ledger.add(publication)
+        if not self._ledger.add(publication, on_room):
+            return False
+        self._enqueue(publication)
+        return True
+
+    def withdraw(self, publication: Publication) -> None:
+        """Forget a message that still waits for room, since its sender is gone; nobody is told."""
+        self._ledger.withdraw(publication)
+
+    def _enqueue(self, publication: Publication) -> None:
         if not self._queue:  # else it has been rung, or waits for something else
             self._bell.ring()
         self._queue.append(publication)

@@ -307,7 +307,7 @@ class Subscription:
             self._on_room()
 
     def _on_room(self) -> None:
-        """Have what was refused delivered again: the mailbox is empty. In the hub or the writer."""
+        """Have what was refused delivered again: the mailbox is empty. In the event loop or the session."""
         channel, live = self._channel, self._live
         overflow = self._overflow if live is None else live.overflow
         if channel is not None and overflow:
