@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+from http.client import parse_headers
 
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from imrelay.websocket.head import Fields, Malformed, read_fields
 from tests.websocket_peer import PATIENCE, Peer, handshake, running_server
 
 #: Settings of the server.
@@ -91,3 +97,48 @@ def test_no_request_is_refused(patient, request_, status):
         answer = peer.read_answer()
         assert (answer.status, answer.error) == (status, "bad_request")
         peer.read_end()
+
+
+NAMES = st.sampled_from(["Host", "host", "X-A", "x-a", "From", "Content-Type", "Upgrade"])
+VALUES = st.text(st.characters(max_codepoint=0xFF, exclude_characters="\r\n")) | st.sampled_from(
+    ["", " a ", "\t:b\x85"]
+)
+
+
+@given(st.lists(st.tuples(NAMES, st.sampled_from(["", " ", "\t "]), VALUES, st.sampled_from(["\n", "\r\n"]))))
+@example(
+    [
+        ("X-A", "\t", ":b\x85 ", "\n"),
+        ("From", "", " me", "\n"),
+        ("x-a", " \t", "1", "\r\n"),
+        ("X-A", "", "2", "\n"),
+    ]
+)
+def test_fields_are_those_of_http_client(lines):
+    """What is not refused is read as `http.client` reads it, which pywsgi would do."""
+    raw = "".join("".join((name, ":", *rest)) for name, *rest in lines).encode("latin-1") + b"\r\n"
+    try:
+        fields = read_fields(io.BytesIO(raw))
+    except Malformed:
+        assert any((char < " " and char != "\t") or char == "\x7f" for _, _, value, _ in lines for char in value)
+        return
+    theirs = parse_headers(io.BytesIO(raw))
+    assert fields.items() == theirs.items()
+    assert list(fields.headers) == [f"{name}: {value}\r\n" for name, value in theirs.items()]
+    assert fields.typeheader == theirs.get("content-type")
+    for name in ("HOST", "x-A", "none"):
+        assert fields.get(name) == fields.getheader(name) == theirs.get(name)
+        assert fields.get_all(name) == theirs.get_all(name, [])
+
+
+def test_fields_can_be_exchanged():
+    """`remove` takes all of a name, in any case; `add` comes last."""
+    fields = Fields()
+    for name in ("Host", "A", "HOST"):
+        fields.add(name, name)
+    fields.remove("host")
+    fields.add("Host", "b")
+    assert fields.items() == [("A", "A"), ("Host", "b")]
+    del fields["a"]
+    assert fields.items() == [("Host", "b")]
+    assert fields.get("a", "none") == "none"

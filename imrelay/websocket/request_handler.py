@@ -22,7 +22,15 @@ from imrelay.websocket.answers import Logged, body_of, phrase_of, whole_answer
 from imrelay.websocket.body import NO_BODY, Allowance, RequestBody, SocketReader
 from imrelay.websocket.ending import linger, reset, turn_away
 from imrelay.websocket.handshake import Refusal
-from imrelay.websocket.head import Framing, Malformed, check_request_line, check_target, framing_of, read_fields
+from imrelay.websocket.head import (
+    Fields,
+    Framing,
+    Malformed,
+    check_request_line,
+    check_target,
+    framing_of,
+    read_fields,
+)
 from imrelay.websocket.turns import yield_turn
 
 __all__ = ["RequestHandler"]
@@ -179,15 +187,15 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         if self._deadline is not None and self._http.undecided is not None:
             self._http.undecided.throw(self._deadline)
 
-    def MessageClass(self, *args: Any) -> Any:  # noqa: N802 - the name is pywsgi's
-        """Read the headers, have them parsed, and check them before pywsgi makes anything of them."""
+    def MessageClass(self, *_: Any) -> Fields:  # noqa: N802 - the name is pywsgi's
+        """Read the headers, and check them before pywsgi makes anything of them."""
         self.path, host = check_target(self.path, self.command)
-        headers = super().MessageClass(io.BytesIO(read_fields(self.rfile)), *args[1:])
-        if host is not None and len(headers.get_all("host", [])) < 2:
-            del headers["host"]
-            headers["Host"] = host
-        self._http.framing = framing_of(headers, self.request_version)
-        return headers
+        fields = read_fields(self.rfile)
+        if host is not None and len(fields.get_all("host")) < 2:
+            fields.remove("host")
+            fields.add("Host", host)
+        self._http.framing = framing_of(fields, self.request_version)
+        return fields
 
     def _handle_client_error(self, error: Exception) -> tuple[str, Refusal | None]:
         """Called by pywsgi for a request that cannot be read; return status and refusal for the answer."""
