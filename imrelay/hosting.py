@@ -13,7 +13,6 @@ import gevent
 from imrelay.forever import run_for_ever
 from imrelay.server import Relay, broker_urls, handler_class
 from imrelay.settings import find_file, load
-from imrelay.web import Desk
 from imrelay.websocket import Listener, WebSocketHandler
 
 __all__ = ["HostedRelay"]
@@ -35,7 +34,7 @@ class HostedRelay:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one request (PEP 3333)."""
-        return self._desk()(environ, start_response)
+        return self._serving().app(environ, start_response)
 
     def take_over(self, modules: Mapping[str, ModuleType]) -> None:
         """Have gunicorn's gevent-websocket worker use our handler, which checks handshakes and keeps limits.
@@ -47,23 +46,24 @@ class HostedRelay:
             worker = workers.GeventWebSocketWorker
             if not issubclass(worker.wsgi_handler, WebSocketHandler):
                 worker.wsgi_handler = self._handler_class()
-                worker.server_class = type("HostedListener", (Listener, worker.server_class), {})
+                worker.server_class = _listener_class(worker.server_class)
 
     def _handler_class(self) -> type[WebSocketHandler]:
         hosted = self
 
-        class HostedHandler(handler_class(self._config, self._desk)):  # type: ignore[misc]
+        class HostedHandler(handler_class(self._config)):  # type: ignore[misc]
             """Our handler; it also shows the relay which server it serves."""
 
             def handle(self) -> None:
                 """Serve one connection."""
+                self.admission = hosted._serving(self.server).admission
                 hosted._watch(self.server)
                 super().handle()
 
         return HostedHandler
 
-    def _desk(self, server: Any = None) -> Desk:
-        """Return this process's desk; a fork has the relay of its parent only in name, and gets its own.
+    def _serving(self, server: Any = None) -> Relay:
+        """Return this process's relay; a fork has that of its parent only in name, and gets its own.
 
         `server` is what it is hosted by, which may take no more than so many connections.
         """
@@ -72,13 +72,12 @@ class HostedRelay:
             places = getattr(getattr(server, "pool", None), "size", None)
             self._relay = Relay(self._config, broker_urls(self._config), places=places)
             self._relay.start()
-        return self._relay.desk
+        return self._relay
 
     def _watch(self, server: Any) -> None:
         """See the end of this worker coming: gunicorn tells nobody, but closes the listening socket first."""
         if getattr(server, "_imrelay_watched", False):
             return
-        self._desk(server)
         server._imrelay_watched = True
         run_for_ever(lambda: self._run_watch(server), name="watch")
 
@@ -89,3 +88,12 @@ class HostedRelay:
         if relay is not None:
             logger.info("the server has closed its listening socket: stopping")
             relay.stop(self._config.server.drain_timeout)
+
+
+def _listener_class(base: type) -> type:
+    """Return a server class of gunicorn's as a `Listener`, which outlives a shortage of descriptors."""
+
+    class HostedListener(Listener, base):  # type: ignore[misc]
+        """gunicorn's server."""
+
+    return HostedListener

@@ -26,7 +26,7 @@ from imrelay.hub import Hub
 from imrelay.mid import MessageIds
 from imrelay.protocol import SUBPROTOCOLS, remembered
 from imrelay.session import Services
-from imrelay.web import Desk
+from imrelay.web import create_app
 from imrelay.websocket import Admission, Listener, WebSocketHandler
 
 __all__ = ["Relay", "Server", "broker_urls", "handler_class", "inbox_keeper"]
@@ -79,20 +79,20 @@ class Relay:
             end_here=self._hub.end,
             wait_given_back=self._consumers.wait_given_back,
         )
-        self.desk = Desk(
-            Services(
-                self._hub,
-                self._consumers,
-                self._publisher,
-                mids,
-                self._relays,
-                limits=config.websocket,
-                node_envelope=broker.envelope == "node",
-                remembered=remembered(broker.publish_queue),
-            ),
-            config.server.allowed_origins,
-            Admission(capacity.http),
+        #: Bounds the connections that are no browser sockets; for the WebSocket handler.
+        self.admission = Admission(capacity.http)
+        services = Services(
+            self._hub,
+            self._consumers,
+            self._publisher,
+            mids,
+            self._relays,
+            limits=config.websocket,
+            node_envelope=broker.envelope == "node",
+            remembered=remembered(broker.publish_queue),
         )
+        #: The WSGI application.
+        self.app = create_app(services, config.server.allowed_origins)
 
     def start(self) -> None:
         """Begin to connect to the broker; returns at once. Sockets may come at any time."""
@@ -119,32 +119,28 @@ class Relay:
         self._hub.stop()
 
 
-def handler_class(
-    config: Config, desk: Callable[[], Desk], base: type[WebSocketHandler] = WebSocketHandler
-) -> type[WebSocketHandler]:
-    """Make the handler of a relay: the limits of its settings, the hooks of its desk (asked for when needed)."""
-    limits = config.websocket
-    return type(
-        "RelayHandler",
-        (base,),
-        {
-            "max_message_size": limits.max_message_size,
-            "ping_interval": limits.ping_interval,
-            "ping_timeout": limits.ping_timeout,
-            "send_timeout": limits.send_timeout,
-            "max_send_buffer": limits.max_send_buffer,
-            "handshake_timeout": limits.handshake_timeout,
-            "body_timeout": config.server.http_timeout,
-            "answer_timeout": config.server.http_timeout,
-            "max_body_size": config.server.max_body_size,
-            "admission": property(lambda handler: desk().admission),
-            "served_in_a_crowd": frozenset(("/healthz", "/readyz")),
-            "permessage_deflate": limits.permessage_deflate,
-            "subprotocols": SUBPROTOCOLS,
-            "refuse": lambda handler, environ: desk().refuse(environ, handler.socket.getsockname()),
-            "abandoned": lambda handler, environ: desk().abandoned(environ),
-        },
-    )
+def handler_class(config: Config) -> type[WebSocketHandler]:
+    """Make a handler class with the limits of the settings; its owner sets `admission`."""
+    server, limits = config.server, config.websocket
+
+    class RelayHandler(WebSocketHandler):
+        """Serves the Flask app, which decides about WebSockets."""
+
+        application_decides = True
+        max_message_size = limits.max_message_size
+        ping_interval = limits.ping_interval
+        ping_timeout = limits.ping_timeout
+        send_timeout = limits.send_timeout
+        max_send_buffer = limits.max_send_buffer
+        handshake_timeout = limits.handshake_timeout
+        body_timeout = server.http_timeout
+        answer_timeout = server.http_timeout
+        max_body_size = server.max_body_size
+        served_in_a_crowd = frozenset(("/healthz", "/readyz"))
+        permessage_deflate = limits.permessage_deflate
+        subprotocols = SUBPROTOCOLS
+
+    return RelayHandler
 
 
 def make_tls(config: Config) -> ssl.SSLContext:
@@ -221,11 +217,12 @@ class Server:
             raise
         self._relay = relay
         relay.start()
-        handler = handler_class(self._config, lambda: relay.desk)
+        handler = handler_class(self._config)
+        handler.admission = relay.admission
         handler.logged = ()  # there is no access log
         self._wsgi = Listener(
             listener,
-            relay.desk.__call__,  # as a method: calling the object would take half a KiB of stack for each socket
+            relay.app,
             handler_class=handler,
             log=None,
             error_log=logging.getLogger("imrelay.wsgi"),

@@ -1,7 +1,9 @@
-"""The desk: what the relay answers over HTTP, and whom it lets in by WebSocket (PROTOCOL section 1).
+"""The Flask app: the chat page, health, and the admission of WebSockets (PROTOCOL section 1).
 
-Pages and health are a Flask app. A socket that has been upgraded goes past Flask straight into its session: a
-request context would live as long as the socket, in every one of them.
+`GET /<id>` is one view. It answers the page; or, for a handshake that the server can upgrade, it decides who may
+connect and answers with an error or an `UpgradeResponse`. That response carries the admission: who it is, and a
+place among `max_connections`. When the request is over, the WebSocket handler runs the session (see
+`imrelay.websocket.upgrade`).
 """
 
 from __future__ import annotations
@@ -11,150 +13,181 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from flask import Flask, Response, request
-from werkzeug.exceptions import HTTPException
+from flask import Flask, Request, Response, request
+from werkzeug.exceptions import HTTPException, NotFound
+from werkzeug.routing import BaseConverter, MapAdapter, Rule, WebsocketMismatch
 
 from imrelay.errors import BadId
 from imrelay.protocol import resumed_session
 from imrelay.session import Services, Session
 from imrelay.submission import check_id
 from imrelay.websocket import (
-    Admission,
-    Refusal,
+    UPGRADE,
     RefusalLog,
+    Upgrade,
     WebSocket,
     is_loopback,
+    is_upgrade,
     names_loopback,
     origin_allowed,
 )
 
-__all__ = ["Desk", "page_policy"]
+__all__ = ["AdmittedSocket", "UpgradeResponse", "create_app", "page_policy"]
 
 logger = logging.getLogger(__name__)
 
-#: Where a session waits in the WSGI environ between the handshake and the upgrade.
-_SESSION = "imrelay.session"
-#: Longest time that a handshake waits for the broker, in seconds; after it the socket is opened all the same.
-_ATTACH_TIMEOUT = 5.0
+#: Seconds that a handshake waits for the broker while no consumer of this process gets attached.
+_STALLED_TIMEOUT = 5.0
+#: Seconds that it waits at most. Firefox gives up after 20, and would come back to wait behind all others.
+_ATTACH_TIMEOUT = 15.0
 
 _CANNOT_UPGRADE = "this server cannot upgrade to WebSocket; see Hosting in imrelay's README for one that can"
-
 _FOREIGN_HOST = (
     "a relay on loopback answers to localhost, 127.0.0.1 and [::1] alone; for another name, or behind a proxy on "
     "this machine, set [server] allowed_origins"
 )
+_FOREIGN_ORIGIN = "this page's origin may not connect here; see allowed_origins"
 
-Environ = dict[str, Any]
 
+class AdmittedSocket:
+    """A user's session between its admission and its end; an `Endpoint` for the WebSocket handler.
 
-class Desk:
-    """The WSGI application, and the two hooks that the WebSocket handler calls around an upgrade."""
+    It has a place among `max_connections` from the moment it is made, which `close` gives back.
+    """
 
-    def __init__(self, services: Services, allowed_origins: Sequence[str], admission: Admission) -> None:
+    __slots__ = ("_resumed", "_services", "_session")
+
+    def __init__(self, user: str, resumed: str | None, services: Services) -> None:
+        """`resumed` is the id of the session that this browser had before, if it names one."""
+        self._session = Session(user, services)
+        self._resumed = resumed
         self._services = services
-        self._allowed_origins = allowed_origins
-        #: Bounds the connections that are no browser sockets; for the WebSocket handler.
-        self.admission = admission
-        self._refusals = RefusalLog(logger)
-        self._flask = _make_flask(self.problem)
 
-    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer one request (WSGI, PEP 3333), or run the session of an upgraded one until it ends."""
-        websocket: WebSocket | None = environ.get("wsgi.websocket")
-        if websocket is None:
-            if (
-                environ.get("HTTP_UPGRADE", "").lower() == "websocket"
-            ):  # our handler would have upgraded or refused
-                return _error(501, "cannot_upgrade", _CANNOT_UPGRADE)(environ, start_response)
-            return self._flask(environ, start_response)
-        session: Session = environ.pop(_SESSION)
-        environ.clear()  # the handler keeps it as long as the socket lives
-        session.run(websocket)
-        return []
+    @property
+    def user(self) -> str:
+        """Who was admitted."""
+        return self._session.user
 
-    def problem(self) -> str:
-        """Say why no message can be accepted now; empty when they can."""
-        services = self._services
-        if services.hub.is_draining:
-            return "the relay is stopping"
-        if not services.publisher.is_ready:
-            return f"no broker to publish to: {services.publisher.problem}"
-        if not services.consumers.is_open:
-            return f"no broker to consume from: {services.consumers.problem}"
-        return ""
+    def attach(self) -> None:
+        """Consume, so that what is sent to the user once the browser sees its socket open reaches it.
 
-    def refuse(self, environ: Environ, address: object) -> Refusal | None:
-        """Refuse a handshake, or open its session and leave it in the environ; the 101 follows.
-
-        `address` is that of the accepted socket (`getsockname`).
-
-        The session consumes before the browser sees its socket open: whatever is sent to this user from then on
-        reaches it. Where the broker is away, or slow, the socket opens without, and gets its messages later.
+        Blocks while consumers are being attached, for `_ATTACH_TIMEOUT` seconds at most. Where the broker is away,
+        or attaches nobody for `_STALLED_TIMEOUT`, the socket opens without, and gets its messages later.
         """
-        if not self._allowed_origins and is_loopback(address) and not names_loopback(environ["HTTP_HOST"]):
-            return Refusal(403, "host_not_allowed", _FOREIGN_HOST)
-        if not origin_allowed(environ, self._allowed_origins):
-            return Refusal(
-                403, "origin_not_allowed", "this page's origin may not connect here; see allowed_origins"
-            )
-        try:
-            user = check_id(_path(environ))
-        except BadId as exc:
-            return Refusal(400, "bad_id", f"the path is / and the id of a user: {exc}")
-        if self._services.hub.is_draining:
-            return Refusal(503, "stopping", "the relay is stopping; connect again")
-        if self._services.hub.is_full:
-            self._refusals.note(
-                f"max_connections ({len(self._services.hub)}) are here, one more socket was refused"
-            )
-            return Refusal(
-                503, "too_many_connections", "this relay has as many sockets as it may; try again later"
-            )
-        session = environ[_SESSION] = Session(user, self._services)
-        try:
-            self._end_predecessor(user, environ)
-            session.consume()
-            if self._services.consumers.may_open_soon:
-                session.wait_attached(_ATTACH_TIMEOUT)
-        except BaseException:  # the server kills its greenlets when it stops
-            self.abandoned(environ)
-            raise
-        return None
+        until = time.monotonic() + _ATTACH_TIMEOUT
+        if self._resumed is not None:
+            self._end_predecessor(self._resumed)
+        self._session.consume()
+        consumers = self._services.consumers
+        if not consumers.may_open_soon:
+            return
+        seen = -1
+        while consumers.attached != seen and (left := until - time.monotonic()) > 0:
+            seen = consumers.attached
+            if self._session.wait_attached(min(_STALLED_TIMEOUT, left)):
+                return
 
-    def _end_predecessor(self, user: str, environ: Environ) -> None:
+    def _end_predecessor(self, resumed: str) -> None:
         """End the session that a browser resumes, lest newer messages reach it before what that one has not taken.
 
         Blocks for two seconds at most. Whatever is in the way, the handshake goes on.
         """
+        try:
+            self._services.relays.end_session(self.user, resumed)
+        except Exception:
+            logger.exception("a session that is resumed could not be ended")
+
+    def run(self, websocket: WebSocket) -> None:
+        """Carry messages until the socket ends."""
+        self._session.run(websocket)
+
+    def close(self) -> None:
+        """Give the place back and end the session. Idempotent."""
+        self._session.close()
+
+
+class UpgradeResponse(Response):
+    """The answer to a handshake that was accepted: 101 without a body, and the admission as `socket`.
+
+    Whatever becomes of this object, the handler that made `upgrade` closes `socket`.
+    """
+
+    default_status = 101
+    default_mimetype = None
+
+    def __init__(self, upgrade: Upgrade, socket: AdmittedSocket) -> None:
+        upgrade.accept(socket)
+        super().__init__()
+        self.socket = socket
+
+
+class _AnyPath(BaseConverter):
+    """All of a path: of a handshake it is the id of a user, or nobody's, but never a page that is not there."""
+
+    regex = "(?s:.*)"
+    part_isolating = False
+
+
+class _App(Flask):
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        """Have the WebSocket layer say what a handshake is, for requests that are to be routed."""
+        adapter = super().create_url_adapter(request)
+        if adapter is not None and request is not None:
+            adapter.websocket = is_upgrade(request.environ)
+        return adapter
+
+
+class _Admissions:
+    """Decides who may open a WebSocket."""
+
+    def __init__(self, services: Services, allowed_origins: Sequence[str]) -> None:
+        self._services = services
+        self._allowed_origins = allowed_origins
+        self._refusals = RefusalLog(logger)
+
+    def admit(self, upgrade: Upgrade) -> Response:
+        """Answer a handshake that is in order: 101 with a place among `max_connections`, or an error."""
+        environ, hub = request.environ, self._services.hub
+        if (
+            not self._allowed_origins
+            and is_loopback(upgrade.local_address)
+            and not names_loopback(environ["HTTP_HOST"])
+        ):
+            return _error(403, "host_not_allowed", _FOREIGN_HOST)
+        if not origin_allowed(environ, self._allowed_origins):
+            return _error(403, "origin_not_allowed", _FOREIGN_ORIGIN)
+        try:
+            user = check_id(_path())
+        except BadId as exc:
+            return _error(400, "bad_id", f"the path is / and the id of a user: {exc}")
+        if hub.is_draining:
+            return _error(503, "stopping", "the relay is stopping; connect again")
+        if hub.is_full:
+            self._refusals.note(f"max_connections ({len(hub)}) are here, one more socket was refused")
+            return _error(503, "too_many_connections", "this relay has as many sockets as it may; try again later")
         resumed = resumed_session(environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", ""))
-        if resumed is not None:
-            try:
-                self._services.relays.end_session(user, resumed)
-            except Exception:
-                logger.exception("a session that is resumed could not be ended")
-
-    def abandoned(self, environ: Environ) -> None:
-        """Release a session whose browser was gone before the upgrade."""
-        session: Session | None = environ.pop(_SESSION, None)
-        if session is not None:
-            session.close()
+        return UpgradeResponse(upgrade, AdmittedSocket(user, resumed, self._services))
 
 
-def _path(environ: Environ) -> str:
-    """Return the path behind its '/', decoded; WSGI hands bytes over as latin-1 (PEP 3333)."""
-    raw: bytes = environ.get("PATH_INFO", "")[1:].encode("latin-1")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        raise BadId("an id is valid UTF-8") from None
+def create_app(services: Services, allowed_origins: Sequence[str]) -> Flask:
+    """Make the Flask app of a relay, to be served by a WebSocket handler with `application_decides`.
+
+    On another server it answers handshakes with 501.
+    """
+    app = _App("imrelay", static_folder=None)
+    app.url_map.converters["any_path"] = _AnyPath
+    _add_chat(app, _Admissions(services, allowed_origins))
+    _add_health(app, services)
+    _add_errors(app)
+    return app
 
 
-def _make_flask(problem: Callable[[], str]) -> Flask:
-    app = Flask("imrelay", static_folder=None)
+def _add_chat(app: Flask, admissions: _Admissions) -> None:
     page = resources.files("imrelay").joinpath("page.html").read_text(encoding="utf-8")
     headers = {
         "Cache-Control": "no-cache",
@@ -163,14 +196,23 @@ def _make_flask(problem: Callable[[], str]) -> Flask:
         "X-Content-Type-Options": "nosniff",
     }
 
+    app.url_map.add(Rule("/<any_path:user>", endpoint="chat", websocket=True))
+
     @app.get("/")
     @app.get("/<user>")
     def chat(user: str = "") -> Response:
-        """The chat page; it reads from its own address which user it is."""
+        """The chat page, which reads from its own address which user it is; or that user's WebSocket."""
+        upgrade: Upgrade | None = request.environ.get(UPGRADE)
+        if upgrade is not None:
+            return admissions.admit(upgrade)
+        if is_upgrade(request.environ):
+            return _error(501, "cannot_upgrade", _CANNOT_UPGRADE)
         if user:
-            check_id(_path(request.environ))
+            check_id(_path())
         return Response(page, content_type="text/html; charset=utf-8", headers=headers)
 
+
+def _add_health(app: Flask, services: Services) -> None:
     @app.get("/healthz")
     def healthz() -> Response:
         """200 while the process turns."""
@@ -179,12 +221,18 @@ def _make_flask(problem: Callable[[], str]) -> Flask:
     @app.get("/readyz")
     def readyz() -> Response:
         """200 when messages can be accepted, else 503 with the reason."""
-        reason = problem()
+        reason = _problem(services)
         return _error(503, "not_ready", reason) if reason else _json(200, {"status": "ready"})
 
+
+def _add_errors(app: Flask) -> None:
     @app.errorhandler(BadId)
     def bad_id(exc: BadId) -> Response:
         return _error(400, "bad_id", str(exc))
+
+    @app.errorhandler(WebsocketMismatch)
+    def no_page(exc: WebsocketMismatch) -> Response:
+        return http_error(NotFound())
 
     @app.errorhandler(HTTPException)
     def http_error(exc: HTTPException) -> Response:
@@ -199,7 +247,25 @@ def _make_flask(problem: Callable[[], str]) -> Flask:
         logger.exception("a request met a fault of the relay's")
         return _error(500, "internal_error", "a fault of the relay's; its log says more")
 
-    return app
+
+def _problem(services: Services) -> str:
+    """Say why no message can be accepted now; empty when they can."""
+    if services.hub.is_draining:
+        return "the relay is stopping"
+    if not services.publisher.is_ready:
+        return f"no broker to publish to: {services.publisher.problem}"
+    if not services.consumers.is_open:
+        return f"no broker to consume from: {services.consumers.problem}"
+    return ""
+
+
+def _path() -> str:
+    """Return the request's path behind its '/', decoded; WSGI hands bytes over as latin-1 (PEP 3333)."""
+    raw: bytes = request.environ.get("PATH_INFO", "")[1:].encode("latin-1")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise BadId("an id is valid UTF-8") from None
 
 
 def page_policy(page: str) -> str:

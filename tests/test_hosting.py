@@ -382,8 +382,6 @@ def test_the_watch_outlives_a_fault() -> None:
             return self.looks > 2
 
     class FakeRelay:
-        desk = None
-
         def stop(self, timeout: float) -> None:
             stopped.set()
 

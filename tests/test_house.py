@@ -149,7 +149,7 @@ def test_nothing_goes_round_in_circles() -> None:
 
 @pytest.mark.parametrize("library", KEEPERS)
 def test_each_library_is_known_in_its_rooms_alone(library: str) -> None:
-    """pika is for broker/, gevent-websocket for websocket/ and the roof, Flask for the desk, patches for doors."""
+    """pika is for broker/, gevent-websocket for websocket/ and the roof, Flask for web, patches for doors."""
     wrong = {
         module
         for module, names in IMPORTS.items()
@@ -211,14 +211,14 @@ def test_nothing_is_imported_by_its_name_at_run_time() -> None:
     ("line", "module", "is_package", "name"),
     [
         ("import imrelay.web", "imrelay.hub", False, "imrelay.web"),
-        ("import imrelay.web as desk", "imrelay.hub", False, "imrelay.web"),
+        ("import imrelay.web as web", "imrelay.hub", False, "imrelay.web"),
         ("from imrelay import web", "imrelay.hub", False, "imrelay.web"),
-        ("from .web import Desk", "imrelay.hub", False, "imrelay.web.Desk"),
+        ("from .web import create_app", "imrelay.hub", False, "imrelay.web.create_app"),
         ("from . import web", "imrelay.hub", False, "imrelay.web"),
-        ("from ..web import Desk", "imrelay.broker.channel", False, "imrelay.web.Desk"),
-        ("from ..web import Desk", "imrelay.broker", True, "imrelay.web.Desk"),
+        ("from ..web import create_app", "imrelay.broker.channel", False, "imrelay.web.create_app"),
+        ("from ..web import create_app", "imrelay.broker", True, "imrelay.web.create_app"),
         ("def f():\n    import imrelay.web", "imrelay.hub", False, "imrelay.web"),
-        ("if TYPE_CHECKING:\n    from imrelay.web import Desk", "imrelay.hub", False, "imrelay.web.Desk"),
+        ("if TYPE_CHECKING:\n    from imrelay.web import page", "imrelay.hub", False, "imrelay.web.page"),
     ],
 )
 def test_every_spelling_of_an_import_is_read(line: str, module: str, is_package: bool, name: str) -> None:

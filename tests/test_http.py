@@ -13,8 +13,7 @@ from typing import Any, cast
 import pytest
 
 from imrelay.session import Services
-from imrelay.web import Desk
-from imrelay.websocket import Admission
+from imrelay.web import create_app
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import RelayProcess, eventually, plain_environment
@@ -404,14 +403,17 @@ def test_nobody_may_come_while_the_relay_is_stopping(relay: RelayFactory, somebo
 
 def test_a_server_that_cannot_upgrade_says_so() -> None:
     """Under a WSGI server without our handler an upgrade is answered with 501, and plain requests as ever."""
-    desk = Desk(cast(Services, None), (), Admission(1))
+    app = create_app(cast(Services, None), ())
     answers: list[str] = []
 
     def call(**environ: str) -> bytes:
         setup = {"REQUEST_METHOD": "GET", "PATH_INFO": "/ann", "SERVER_NAME": "x", "SERVER_PORT": "80"}
         setup |= {"wsgi.url_scheme": "http", **environ}
-        return b"".join(desk(setup, lambda status, headers, exc_info=None: answers.append(status)))
+        return b"".join(app(setup, lambda status, headers, exc_info=None: answers.append(status)))
 
-    assert json.loads(call(HTTP_UPGRADE="WebSocket"))["error"]["code"] == "cannot_upgrade"
+    for path in ("/ann", "/", "/a/b", "/healthz"):  # of a handshake, all of it is the id
+        answer = call(HTTP_UPGRADE="WebSocket", HTTP_CONNECTION="Upgrade", PATH_INFO=path)
+        assert json.loads(answer)["error"]["code"] == "cannot_upgrade", path
+    assert json.loads(call(HTTP_UPGRADE="WebSocket"))["error"]["code"] == "cannot_upgrade"  # a proxy's doing
     assert call().startswith(b"<!doctype html>")
-    assert [answer[:3] for answer in answers] == ["501", "200"]
+    assert [answer[:3] for answer in answers] == ["501"] * 5 + ["200"]

@@ -20,7 +20,9 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @pytest.fixture
 def server():
-    with running_server(max_http_connections=BOUND, handshake_timeout=PATIENCE * 10) as server:
+    with running_server(
+        application_decides=True, max_http_connections=BOUND, handshake_timeout=PATIENCE * 10
+    ) as server:
         yield server
 
 
@@ -72,7 +74,18 @@ def test_a_socket_is_no_http_connection(server):
         assert_refused(ask(server, PAGE))
 
 
-@pytest.mark.parametrize("request_", [handshake("/refused"), handshake(Host=None), b"junk\r\n\r\n", PAGE, b""])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        handshake("/refused"),
+        handshake("/raises"),
+        handshake("/broken-attach"),
+        handshake(Host=None),
+        b"junk\r\n\r\n",
+        PAGE,
+        b"",
+    ],
+)
 def test_every_end_gives_the_place_back(server, request_):
     """However a connection ends, its place is free again, once."""
     for _ in range(BOUND + 1):

@@ -13,7 +13,12 @@ from tests.flood import Flood, wait_for_reset
 from tests.websocket_peer import PATIENCE, Peer, handshake, running_server
 
 #: Settings of the server.
-SERVER = {"body_timeout": PATIENCE * 10, "answer_timeout": PATIENCE * 10, "handshake_timeout": PATIENCE * 10}
+SERVER = {
+    "application_decides": True,
+    "body_timeout": PATIENCE * 10,
+    "answer_timeout": PATIENCE * 10,
+    "handshake_timeout": PATIENCE * 10,
+}
 #: Round trips of another client that have to get through while a flood goes on.
 ROUNDS = 50
 

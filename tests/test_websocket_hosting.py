@@ -174,14 +174,9 @@ GUNICORN_APPLICATION = """
 import fcntl
 import json
 from geventwebsocket.gunicorn import workers
-from imrelay.websocket import Refusal, WebSocketHandler
+from imrelay.websocket import WebSocketHandler
 
-class Handler(WebSocketHandler):
-    def refuse(self, environ):
-        if environ["PATH_INFO"] == "/refused":
-            return Refusal(503, "overloaded", "come back later")
-
-workers.GeventWebSocketWorker.wsgi_handler = Handler
+workers.GeventWebSocketWorker.wsgi_handler = WebSocketHandler
 
 def application(environ, start_response):
     websocket = environ.get("wsgi.websocket")

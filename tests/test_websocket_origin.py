@@ -103,8 +103,8 @@ def test_without_a_list_other_hosts_do_not(origin, host, scheme):
 
 
 def test_the_rule_in_a_real_handshake():
-    """A handler that asks for it refuses a foreign page and lets its own page pass."""
-    with running_server() as server:
+    """An application that asks for it refuses a foreign page and lets its own page pass."""
+    with running_server(application_decides=True) as server:
         own = f"http://127.0.0.1:{server.port}"
         for origin, status in ((own, 101), (None, 101), ("null", 403), ("http://127.0.0.1", 403)):
             with Peer(server) as peer:

@@ -267,10 +267,10 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
     from gevent.event import AsyncResult
 
     from imrelay.websocket import (
+        UPGRADE,
         Admission,
         ConnectionClosed,
         Listener,
-        Refusal,
         WebSocketHandler,
         origin_allowed,
     )
@@ -281,22 +281,78 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
         return reports.setdefault(name, AsyncResult())
 
     class Handler(WebSocketHandler):
-        def refuse(self, environ: dict[str, Any]) -> Refusal | None:
+        def get_environ(self) -> dict[str, Any]:
+            environ = super().get_environ()
             environ["test.no_delay"] = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            if environ["PATH_INFO"] == "/refused":
-                return Refusal(503, "overloaded", "come back later", (("Retry-After", "7"),))
-            if environ["PATH_INFO"] == "/same-origin" and not origin_allowed(environ, ()):
-                return Refusal(403, "bad_origin", "this page may not connect")
-            if environ["PATH_INFO"] == "/broken-hook":
-                raise RuntimeError("the hook is broken")
-            if environ["PATH_INFO"] == "/slow-hook":
-                environ["test.acquired"] = "a place"
-                report("hook:begun").set(True)
-                report("hook:go").get(timeout=PATIENCE)
-            return None
+            return environ
 
-        def abandoned(self, environ: dict[str, Any]) -> None:
-            report("abandoned").set(environ["test.acquired"])
+    class Accepted:
+        """What runs on a socket where the application decides: it calls the application with the socket."""
+
+        def __init__(self, environ: dict[str, Any]) -> None:
+            self.environ = environ
+            held.add(self)
+
+        def attach(self) -> None:
+            if self.environ["PATH_INFO"] == "/broken-attach":
+                raise RuntimeError("it cannot attach")
+            if self.environ["PATH_INFO"] == "/slow-attach":
+                report("attach:begun").set(True)
+                report("attach:go").get(timeout=PATIENCE)
+
+        def run(self, websocket: Any) -> None:
+            application({**self.environ, "wsgi.websocket": websocket}, None)
+
+        def close(self) -> None:
+            held.discard(self)
+            report("closed:" + self.environ["PATH_INFO"]).set(True)
+
+    held: set[Accepted] = set()
+
+    def decide(environ: dict[str, Any], start_response: Any) -> Any:
+        """Answer a handshake."""
+        path, upgrade = environ["PATH_INFO"], environ[UPGRADE]
+        body, headers = b"", []
+        if path == "/refused":
+            status, headers = "503 Service Unavailable", [("Retry-After", "7")]
+            body = json.dumps({"error": {"code": "overloaded", "message": "come back later"}}).encode()
+        elif path == "/same-origin" and not origin_allowed(environ, ()):
+            status, body = "403 Forbidden", b'{"error": {"code": "bad_origin", "message": "not you"}}'
+        elif path == "/plain-answer":
+            status = "200 OK"
+        elif path == "/raises":
+            raise RuntimeError("the application is broken")
+        else:
+            status = "101 Switching Protocols"
+        if path != "/nothing-accepted":
+            upgrade.accept(Accepted(environ))
+        if path == "/accepts-twice":
+            upgrade.accept(Accepted({**environ, "PATH_INFO": "/echo"}))
+        if path == "/raises-behind":
+            raise RuntimeError("the application is broken")
+        if status.startswith("101"):
+            headers = [("X-More", "yes"), ("Upgrade", "h2c"), ("Content-Type", "text/html")]
+        else:
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        if path == "/lazy":
+            return lazily(start_response, status, headers)
+        start_response(status, headers)
+        if path == "/with-a-body":
+            return [b"a 101 has none"]
+        if path == "/close-raises":
+            return BrokenClose()
+        if path == "/replaced":
+            start_response("200 OK", [("Content-Length", "0")])
+        return [body]
+
+    def lazily(start_response: Any, status: str, headers: Any) -> Iterator[bytes]:
+        """Call `start_response` when the iterable is asked for its first piece, as PEP 3333 allows."""
+        start_response(status, headers)
+        yield b""
+
+    class BrokenClose(list[bytes]):
+        def close(self) -> None:
+            raise RuntimeError("the iterable cannot be closed")
 
     def echo(websocket: Any, query: dict[str, str]) -> None:
         while (message := websocket.receive()) is not None:
@@ -450,12 +506,15 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
             send_after_the_end,
         )
     }  # fmt: skip
-    applications["/slow-hook"] = applications["/same-origin"] = echo
+    for path in ("/slow-attach", "/same-origin", "/lazy", "/accepts-twice"):
+        applications[path] = echo
 
     def application(environ: dict[str, Any], start_response: Any) -> list[bytes]:
         path = environ["PATH_INFO"]
         query = {name: values[0] for name, values in parse_qs(environ["QUERY_STRING"], True).items()}
         websocket = environ.get("wsgi.websocket")
+        if websocket is None and UPGRADE in environ:
+            return decide(environ, start_response)  # type: ignore[no-any-return]
         if websocket is not None:
             environ["test.marker"] = query.get("name")
             query["no_delay"] = str(environ["test.no_delay"])
@@ -471,6 +530,8 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
         elif path == "/go":
             report(environ["QUERY_STRING"]).set(True)
             answer = True
+        elif path == "/held":
+            answer = len(held)
         elif path == "/census":
             import gc
 

@@ -57,6 +57,8 @@ class ConsumerPool:
         self._consumers: set[Consumer] = set()
         self._queue: deque[Consumer] = deque()
         self._attachers = 0
+        #: How often a consumer has been attached: whether the broker makes progress.
+        self.attached = 0
         #: Users of whom a consumer is being attached: one after the other, for the reason that `Consumer` gives.
         self._busy: set[str] = set()
         self._change: AsyncResult = AsyncResult()
@@ -207,6 +209,7 @@ class ConsumerPool:
         lost: ChannelLost | None = None
         try:
             consumer.attach(connection, self._topology, self._prefetch)
+            self.attached += 1
         except ChannelLost as exc:
             lost = exc
         finally:

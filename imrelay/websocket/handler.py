@@ -1,4 +1,4 @@
-"""From a handshake to the application: the checks, the hook, the upgrade, and the end."""
+"""From a handshake to the end of its socket: the checks, the application's decision, the upgrade, the endpoint."""
 
 from __future__ import annotations
 
@@ -6,14 +6,30 @@ import io
 from typing import Any
 
 import gevent
+from gevent.pywsgi import WSGIHandler
 
 from imrelay.websocket.connection import WebSocket
 from imrelay.websocket.errors import ConnectionClosed
 from imrelay.websocket.handshake import Handshake, Refusal, check_handshake, is_upgrade
 from imrelay.websocket.request_handler import NO_HTTP, RequestHandler
+from imrelay.websocket.upgrade import UPGRADE, Endpoint, Upgrade
 from imrelay.websocket.wire import READ_SIZE, WOULD_BLOCK
 
 __all__ = ["WebSocketHandler"]
+
+#: Headers of a 101 that an application has no say in: its others are sent.
+_OWN_HEADERS = frozenset(
+    (
+        b"connection",
+        b"content-length",
+        b"content-type",
+        b"sec-websocket-accept",
+        b"sec-websocket-extensions",
+        b"sec-websocket-protocol",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
 
 
 class WebSocketHandler(RequestHandler):
@@ -38,7 +54,10 @@ class WebSocketHandler(RequestHandler):
     subprotocols: tuple[str, ...] = ()
     #: Whether RFC 7692 is agreed on with clients that offer it.
     permessage_deflate = False
-    #: What of a request's environ stays until its WebSocket has ended, for the access log.
+    #: Whether the application decides about handshakes: it finds an `Upgrade` in its environ, its answer counts.
+    #: Otherwise every handshake that is in order is upgraded, and the application called with the open socket.
+    application_decides = False
+    #: What of a request's environ stays until its WebSocket has ended, for the access log; empty: there is none.
     logged: tuple[str, ...] = (
         "HTTP_REFERER",
         "HTTP_USER_AGENT",
@@ -51,19 +70,11 @@ class WebSocketHandler(RequestHandler):
         "SERVER_PROTOCOL",
     )
 
-    def refuse(self, environ: dict[str, Any]) -> Refusal | None:
-        """Return why this WebSocket is not wanted; a hook.
-
-        Called in the connection's greenlet when the handshake is in order, before it is answered. It may
-        block, and may leave something in `environ` for the application.
-        """
-        return None
-
-    def abandoned(self, environ: dict[str, Any]) -> None:
-        """Release what `refuse` took: the client left before the application was called; a hook."""
+    #: Whether the application is deciding about a handshake.
+    _is_asking = False
 
     def run_application(self) -> None:
-        """Upgrade, refuse, or serve plain HTTP."""
+        """Serve plain HTTP, refuse a handshake that is not in order, or upgrade."""
         environ = self.environ
         if not is_upgrade(environ):
             self.run_plain()
@@ -74,25 +85,67 @@ class WebSocketHandler(RequestHandler):
         if isinstance(handshake, Refusal):
             self._answer(handshake)
             return
-        self._leave_http()  # the hook counts it in its own way
-        websocket = None
-        try:
-            refusal = self.refuse(environ)
-            if refusal is None:
-                try:
-                    websocket = self._upgrade(handshake)
-                finally:
-                    if websocket is None:
-                        self.abandoned(environ)
-        finally:
-            if websocket is None:
-                self.close_connection = True
-                self._come_back()
-        if refusal is not None:
-            self._answer(refusal)
-        if websocket is not None:
+        self.close_connection = True  # whatever the answer is
+        if self.application_decides:
+            endpoint = self._ask()
+        else:
+            self.response_headers = []
+            endpoint = WholeApplication(self.application, environ)
+        if endpoint is not None:
             del environ
-            self._run_websocket(websocket)
+            self._switch(handshake, endpoint)
+
+    def log_request(self) -> None:
+        """Write a line into the access log, where there is one."""
+        if self.logged:
+            super().log_request()
+
+    def _ask(self) -> Endpoint | None:
+        """Have the application answer; return what is to run on the socket, None where it answered otherwise."""
+        upgrade = self.environ[UPGRADE] = Upgrade(self.socket.getsockname())
+        endpoint = None
+        self._is_asking = True
+        try:
+            WSGIHandler.run_application(self)
+            if self.status is None or self.headers_sent:
+                self._linger()
+            else:  # `write` kept back the 101
+                endpoint = upgrade.settle()
+                headers = [pair for pair in self.response_headers or () if pair[0].lower() not in _OWN_HEADERS]
+                self._take_back_answer()
+                self.response_headers = headers
+                if endpoint is None:
+                    raise RuntimeError("the application answered 101, but has accepted no endpoint")
+        finally:
+            self._is_asking = False
+            refused = upgrade.settle()
+            if refused is not None:
+                refused.close()
+        return endpoint
+
+    def write(self, data: bytes) -> None:
+        """Send a part of an answer; the 101 of an application that decides is sent when its endpoint is ready."""
+        if self._is_asking and self.code == 101 and self.status is not None:
+            if data:
+                raise self.ApplicationError("a 101 has no body")
+        else:
+            super().write(data)
+
+    def _switch(self, handshake: Handshake, endpoint: Endpoint) -> None:
+        """Let the endpoint attach, answer 101 and run it; it is closed whatever happens."""
+        self._leave_http()  # the application counts it in its own way
+        try:
+            websocket = None
+            try:
+                endpoint.attach()
+                websocket = self._upgrade(handshake)
+            finally:
+                if websocket is None:
+                    self._come_back()
+            if websocket is not None:
+                self._run_websocket(websocket, endpoint)
+        finally:
+            endpoint.close()
 
     def _upgrade(self, handshake: Handshake) -> WebSocket | None:
         """Answer 101 and let go of what only HTTP needs; None if the client is gone."""
@@ -103,7 +156,6 @@ class WebSocketHandler(RequestHandler):
             headers.append(("Sec-WebSocket-Protocol", handshake.subprotocol))
         if handshake.extensions is not None:
             headers.append(("Sec-WebSocket-Extensions", handshake.extensions))
-        self.close_connection = True
         try:
             self.socket.settimeout(0.0)
             data = self._read_ahead()
@@ -113,11 +165,6 @@ class WebSocketHandler(RequestHandler):
             self._start_101(headers)
         except OSError:
             return None
-        self.rfile.detach().close()
-        self.rfile = environ["wsgi.input"] = io.BytesIO()
-        self._http = NO_HTTP
-        self.headers = type(self).headers
-        self.response_headers = []
         websocket = WebSocket(
             self.socket,
             gevent.get_hub(),
@@ -125,9 +172,12 @@ class WebSocketHandler(RequestHandler):
             subprotocol=handshake.subprotocol,
             deflate=handshake.deflate,
         )
-        environ["wsgi.websocket"] = websocket
-        environ["wsgi.websocket_version"] = "13"
         websocket.start(data)
+        self.rfile.detach().close()
+        self.rfile = environ["wsgi.input"] = io.BytesIO()
+        self._http = NO_HTTP
+        self.headers = type(self).headers
+        self.response_headers = []
         return websocket
 
     def _read_ahead(self) -> bytes | None:
@@ -139,26 +189,20 @@ class WebSocketHandler(RequestHandler):
             return b""
 
     def _start_101(self, headers: list[tuple[str, str]]) -> None:
+        more = self.response_headers
         self.start_response("101 Switching Protocols", headers)
+        assert self.response_headers is not None
+        self.response_headers += more or ()
         self.provided_content_length = False  # so that none is added
         self.response_use_chunked = False
         self.provided_date = True
         self.write(b"")
 
-    def _run_websocket(self, websocket: WebSocket) -> None:
-        """Call the application, and see the socket to its end whatever becomes of that."""
-        arguments = [self.environ]
+    def _run_websocket(self, websocket: WebSocket, endpoint: Endpoint) -> None:
+        """Run the endpoint, and see the socket to its end whatever becomes of that."""
         self.environ = {key: self.environ[key] for key in self.logged if key in self.environ}
         try:
-            # The application holds the only reference to its environ (from Python 3.11 on), and may let go of it.
-            result = self.application(arguments.pop(), _ignore_response)
-            try:
-                for _ in result or ():
-                    pass
-            finally:
-                close = getattr(result, "close", None)
-                if close is not None:
-                    close()
+            endpoint.run(websocket)
             websocket.close(1000)
         except ConnectionClosed:
             pass  # the usual end of an application that was sending
@@ -175,6 +219,34 @@ class WebSocketHandler(RequestHandler):
                 websocket.wait_closed()
             finally:
                 websocket.abort()  # killed while waiting: pywsgi closes the descriptor now
+
+
+class WholeApplication:
+    """Calls a WSGI application that finds its socket, already open, in `environ["wsgi.websocket"]`."""
+
+    def __init__(self, application: Any, environ: dict[str, Any]) -> None:
+        self._application = application
+        self._arguments = [environ]
+
+    def attach(self) -> None:
+        """Do nothing: such an application is called when the socket is open."""
+
+    def run(self, websocket: WebSocket) -> None:
+        """Call the application, and use up what it returns."""
+        self._arguments[0] |= {"wsgi.websocket": websocket, "wsgi.websocket_version": "13"}
+        # The application holds the only reference to its environ (from Python 3.11 on), and may let go of it.
+        result = self._application(self._arguments.pop(), _ignore_response)
+        try:
+            for _ in result or ():
+                pass
+        finally:
+            close = getattr(result, "close", None)
+            if close is not None:
+                close()
+
+    def close(self) -> None:
+        """Let go of the environ where the application was never called."""
+        self._arguments.clear()
 
 
 def _ignore_response(status: str, headers: Any, exc_info: Any = None) -> Any:

@@ -82,13 +82,16 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
 
     _deadline: gevent.Timeout | None = None
     _http: _Http
+    _orig_status: str | None
     close_connection: bool
+    code: int | None
     environ: dict[str, Any]
     headers: Any
     path: str
     requestline: str | None
     response_headers: list[Any] | None
     rfile: Any
+    status: Any
     wsgi_input: RequestBody
 
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
@@ -319,6 +322,10 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         except OSError:
             pass  # the peer did not wait for it
         self.log_request()
+
+    def _take_back_answer(self) -> None:
+        """Have the access log know that nothing was answered yet."""
+        self.status = self._orig_status = None
 
     def log_request(self) -> None:
         """Write the access log where the server keeps it: pywsgi's, or gunicorn's."""
