@@ -1,4 +1,4 @@
-"""Where a relay's CPU time goes, room by room: what `scripts/relay-profile` runs."""
+"""Where a relay's CPU time goes, module by module: what `scripts/relay-profile` runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from accounts import family
-from main import free_port
-from measure import MEASUREMENTS, Figures, Traffic
-from systems import Broker, System, make_systems
+from benchmark.broker import Broker
+from benchmark.installing import ROOT, Installer
+from benchmark.measurements import MEASUREMENTS
+from benchmark.process import end_on_signals
+from benchmark.systems import System, Trees, make_systems
+from benchmark.traffic import Figures, Traffic
 
-_HERE = Path(__file__).resolve().parent
-_ROOT = _HERE.parent.parent
+_SAMPLED = Path(__file__).resolve().parent / "sampled_relay.py"
 WINDOWS = ("window1", "window8", "window64")
-#: Rooms with a smaller share are counted together.
+#: Modules with a smaller share are counted together.
 _SMALL = 0.01
 
 
@@ -27,9 +28,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/relay-profile", description=__doc__)
     parser.add_argument("--only", default="window1,window64", help=f"of {','.join(WINDOWS)}; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of each; default: %(default)s")
-    parser.add_argument("--tree", type=Path, default=_ROOT, help="a checkout to profile; default: this one")
-    parser.add_argument("--persistent", action="store_true", help="with persistent = yes; default: no")
-    parser.add_argument("--functions", action="store_true", help="show functions, not rooms")
+    parser.add_argument("--tree", type=Path, default=ROOT, help="a checkout to profile; default: this one")
+    parser.add_argument(
+        "--persistent", action="store_true", help="with persistent = yes and an answer to each message"
+    )
+    parser.add_argument("--functions", action="store_true", help="show functions, not modules")
     options = parser.parse_args(arguments)
     options.only = options.only.split(",")
     if unknown := sorted(set(options.only) - set(WINDOWS)):
@@ -72,17 +75,17 @@ def table(title: str, figures: Figures, samples: dict[str, int], functions: bool
 def main(arguments: list[str]) -> int:
     """Print a table for each window."""
     options = parse(arguments)
-    with tempfile.TemporaryDirectory(prefix="imrelay-profile-") as name:
-        folder = Path(name)
-        broker = Broker(folder / "broker", free_port())
+    end_on_signals()
+    with tempfile.TemporaryDirectory(prefix="imrelay-profile-") as temporary:
+        folder = Path(temporary)
+        broker = Broker(folder / "broker")
         try:
             broker.start()
-            assert broker.pid is not None
-            (system,) = make_systems(broker, folder, folder, ["imrelay" if options.persistent else "transient"])
-            system.command = [sys.executable, str(_HERE / "sampled_relay.py"), "serve"]
-            system.environment["PYTHONPATH"] = str(options.tree.resolve())
+            name = "imrelay" if options.persistent else "transient"
+            (system,) = make_systems(broker, folder, Installer(folder), [name], Trees(now=options.tree))
+            system.command = [sys.executable, str(_SAMPLED), "serve"]
             for window in options.only:
-                figures, samples = profile(system, family(broker.pid), window, options.seconds)
+                figures, samples = profile(system, broker.pids, window, options.seconds)
                 print(table(MEASUREMENTS[window].title, figures, samples, options.functions), flush=True)
         finally:
             broker.stop()

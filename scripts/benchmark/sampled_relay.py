@@ -1,8 +1,8 @@
 """A relay that samples itself: run as a program it is `imrelay`, and says at its end where its CPU time went.
 
-Every millisecond of CPU time, or as often as the kernel's clock allows, the room that is at work gets a sample:
-the innermost module of imrelay, pika or gevent. What C does for a room (system calls, JSON, unmasking) counts as
-that room's; the event loop's own as gevent's.
+Every millisecond of CPU time, or as often as the kernel's clock allows, the module that is at work gets a sample:
+the innermost module of imrelay, pika or gevent. What C does for a module (system calls, JSON, unmasking) counts as
+that module's; the event loop's own as gevent's.
 """
 
 from __future__ import annotations
