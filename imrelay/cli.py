@@ -17,14 +17,15 @@ from typing import Protocol
 import gevent
 from gevent.event import Event
 
-from imrelay import __version__, log
-from imrelay.broker.private import PrivateBroker
-from imrelay.config import Config
+from imrelay import __version__
 from imrelay.errors import ConfigError, ImrelayError, SetupError
-from imrelay.log_stream import LogStream
+from imrelay.messages.submission import check_id
+from imrelay.private_node.node import PrivateBroker
+from imrelay.runtime import log
+from imrelay.runtime.log_stream import LogStream
 from imrelay.server import Server, inbox_keeper
-from imrelay.settings import CONFIG_VARIABLE, Setting, find_file, load, settings
-from imrelay.submission import check_id
+from imrelay.settings.reading import CONFIG_VARIABLE, Setting, find_file, load, settings
+from imrelay.settings.values import Config
 
 __all__ = ["main"]
 

@@ -7,7 +7,7 @@ import os
 import resource
 from dataclasses import dataclass
 
-from imrelay.config import Config, ServerConfig
+from imrelay.settings.values import Config, ServerConfig
 from imrelay.websocket import CROWD, Listener
 
 __all__ = ["Capacity", "allot"]

@@ -10,9 +10,9 @@ from typing import Any
 
 import gevent
 
-from imrelay.forever import run_for_ever
+from imrelay.runtime.loops import run_for_ever
 from imrelay.server import Relay, broker_urls, handler_class
-from imrelay.settings import find_file, load
+from imrelay.settings.reading import find_file, load
 from imrelay.websocket import Listener, WebSocketHandler
 
 __all__ = ["HostedRelay"]

@@ -10,23 +10,23 @@ from collections.abc import Callable, Sequence
 
 import gevent
 
+from imrelay.app import create_app
 from imrelay.broker.connection import Connection
-from imrelay.broker.connections import Connections
-from imrelay.broker.folder import running_url
-from imrelay.broker.inbox import InboxKeeper
+from imrelay.broker.inbox_inspection import InboxKeeper
 from imrelay.broker.pool import ConsumerPool
-from imrelay.broker.private import PrivateBroker
 from imrelay.broker.publisher import Publisher
-from imrelay.broker.relays import RelayQueue
+from imrelay.broker.reconnection import Connections
+from imrelay.broker.relay_queue import RelayQueue
 from imrelay.broker.topology import Topology
-from imrelay.config import Config
 from imrelay.descriptors import allot
 from imrelay.errors import ConfigError, SetupError
-from imrelay.hub import Hub
-from imrelay.mid import MessageIds
-from imrelay.protocol import SUBPROTOCOLS, remembered
-from imrelay.session import Services
-from imrelay.web import create_app
+from imrelay.messages.message_ids import MessageIds
+from imrelay.private_node.data_folder import running_url
+from imrelay.private_node.node import PrivateBroker
+from imrelay.sessions.registry import Hub
+from imrelay.sessions.session import Services
+from imrelay.sessions.subprotocols import SUBPROTOCOLS, remembered
+from imrelay.settings.values import Config
 from imrelay.websocket import Admission, Listener, WebSocketHandler
 
 __all__ = ["Relay", "Server", "broker_urls", "handler_class", "inbox_keeper"]

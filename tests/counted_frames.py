@@ -17,7 +17,7 @@ import pika
 
 from imrelay.broker.inbound import Inbound
 from imrelay.broker.outbound import Outbound
-from imrelay.websocket import wire as websocket_wire
+from imrelay.websocket import transport as websocket_wire
 
 counts: Counter[str] = Counter()
 

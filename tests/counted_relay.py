@@ -18,8 +18,8 @@ import gevent
 from gevent.fileobject import FileObject
 from greenlet import greenlet
 
-from imrelay.broker import installed
 from imrelay.cli import main
+from imrelay.private_node import installation
 
 
 def census() -> dict[str, dict[str, int]]:
@@ -63,7 +63,7 @@ def answer() -> None:
 
 if __name__ == "__main__":
     if folder := os.environ.get("COUNTED_RABBITMQ"):
-        installed._PLACES = (folder,)
+        installation._PLACES = (folder,)
     answering = gevent.spawn(answer)
     answering.name = "answer"
     status = main()

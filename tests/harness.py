@@ -33,7 +33,7 @@ TICK = 0.02
 _NODE = """\
 import json, logging, sys
 from pathlib import Path
-from imrelay.broker.private import PrivateBroker
+from imrelay.private_node.node import PrivateBroker
 from imrelay.errors import SetupError
 logging.basicConfig(level="INFO", stream=sys.stderr)
 logging.getLogger("pika").setLevel("CRITICAL")

@@ -17,9 +17,9 @@ from gevent.event import Event
 from gevent.fileobject import FileObject
 
 from imrelay import server
+from imrelay.app import create_app
 from imrelay.cli import main
-from imrelay.hub import Hub, Member
-from imrelay.web import create_app
+from imrelay.sessions.registry import Hub, Member
 from imrelay.websocket import Admission
 
 _go = Event()

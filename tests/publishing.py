@@ -12,8 +12,8 @@ from imrelay.broker.connection import Connection
 from imrelay.broker.publication import Publication
 from imrelay.broker.publisher import Publisher
 from imrelay.broker.topology import Topology
-from imrelay.config import InboxConfig
 from imrelay.errors import AnswerableError
+from imrelay.settings.values import InboxConfig
 from tests.harness import eventually
 
 __all__ = ["PATIENCE", "Clock", "Sender", "running_publisher"]

@@ -15,15 +15,15 @@ from typing import Any, cast
 import gevent
 import pytest
 
-from imrelay import web
+from imrelay import app
+from imrelay.app import AdmittedSocket
 from imrelay.broker.connection import Connection
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
-from imrelay.config import InboxConfig, WebSocketConfig
-from imrelay.hub import Hub
-from imrelay.mid import MessageIds
-from imrelay.session import Services
-from imrelay.web import AdmittedSocket
+from imrelay.messages.message_ids import MessageIds
+from imrelay.sessions.registry import Hub
+from imrelay.sessions.session import Services
+from imrelay.settings.values import InboxConfig, WebSocketConfig
 from tests.browser import Browser, in_background, wait_until_ready
 from tests.counted import CountedRelay
 from tests.gate import Gate
@@ -322,7 +322,7 @@ def test_a_crowd_is_attached_before_it_is_answered(
     crowd: list[AdmittedSocket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as consumers get attached, each handshake waits for its own: what is sent after it reaches it."""
-    monkeypatch.setattr(web, "_STALLED_TIMEOUT", 1.5)
+    monkeypatch.setattr(app, "_STALLED_TIMEOUT", 1.5)
     assert all(attach_all(crowd))
 
 
@@ -330,15 +330,15 @@ def test_a_handshake_waits_so_long_and_no_longer(
     crowd: list[AdmittedSocket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who would wait beyond the bound is answered without, and attached when its turn comes."""
-    monkeypatch.setattr(web, "_ATTACH_TIMEOUT", 1.0)
+    monkeypatch.setattr(app, "_ATTACH_TIMEOUT", 1.0)
     assert set(attach_all(crowd)) == {True, False}
     eventually(lambda: all(map(is_attached, crowd)), PATIENCE, sleep=gevent.sleep)
 
 
 def test_a_broker_that_attaches_nobody_is_not_waited_for(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing gets attached the handshake is answered soon, though the connection is open."""
-    monkeypatch.setattr(web, "_STALLED_TIMEOUT", 0.2)
-    monkeypatch.setattr(web, "_ATTACH_TIMEOUT", 600)
+    monkeypatch.setattr(app, "_STALLED_TIMEOUT", 0.2)
+    monkeypatch.setattr(app, "_ATTACH_TIMEOUT", 600)
     with gevent.Timeout(PATIENCE):
         services = services_on(gate.url)
         gate.hold(CONSUME_OK)
@@ -353,7 +353,7 @@ def test_a_broker_that_attaches_nobody_is_not_waited_for(gate: Gate, monkeypatch
 
 def test_who_is_closed_while_it_attaches_waits_no_longer(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """A relay that stops ends its handshakes at once."""
-    monkeypatch.setattr(web, "_STALLED_TIMEOUT", 600)
+    monkeypatch.setattr(app, "_STALLED_TIMEOUT", 600)
     with gevent.Timeout(PATIENCE):
         services = services_on(gate.url)
         gate.hold(CONSUME_OK)

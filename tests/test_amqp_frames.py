@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pika import frame, spec
 
-from imrelay.broker.frames import Confirm, Delivery, PublishTemplate, encode_ack, read_header, take
+from imrelay.broker.codec import Confirm, Delivery, PublishTemplate, encode_ack, read_header, take
 
 BODY_MAX = 131_064
 short_strings = st.text(max_size=60).filter(lambda text: len(text.encode()) <= 255)

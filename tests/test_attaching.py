@@ -15,7 +15,7 @@ from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
-from imrelay.config import InboxConfig
+from imrelay.settings.values import InboxConfig
 from tests.brokers import amqp
 from tests.gate import Gate
 from tests.harness import VirtualHost, eventually

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from imrelay.config import Config
 from imrelay.errors import ConfigError
-from imrelay.settings import Setting, find_file, hide_password, load, settings
+from imrelay.settings.reading import Setting, find_file, hide_password, load, settings
+from imrelay.settings.values import Config
 from tests.harness import plain_environment
 
 ROWS = {f"{row.section}.{row.key}": row for row in settings()}

@@ -12,7 +12,7 @@ from imrelay.broker import connection as module
 from imrelay.broker.connection import Connection, State
 from imrelay.errors import SetupError
 from imrelay.server import Relay
-from imrelay.settings import load
+from imrelay.settings.reading import load
 from tests.harness import eventually
 
 #: Guard against hanging, in seconds; no measure of speed.

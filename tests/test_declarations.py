@@ -8,7 +8,7 @@ from pika import spec
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
 from imrelay.broker.topology import AS_IT_STANDS, Topology
-from imrelay.config import InboxConfig
+from imrelay.settings.values import InboxConfig
 from tests.brokers import amqp
 from tests.harness import VirtualHost, eventually
 

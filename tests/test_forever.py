@@ -12,8 +12,8 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from imrelay import forever
-from imrelay.forever import run_for_ever
+from imrelay.runtime import loops
+from imrelay.runtime.loops import run_for_ever
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Guard against hanging, in seconds; no measure of speed.
@@ -78,7 +78,7 @@ def test_what_ends_the_process_is_not_kept_from_it(ending: str, status: int) -> 
     """`SystemExit` and `KeyboardInterrupt` of a loop go where gevent takes them: to the main greenlet."""
     program = (
         "import gevent, signal\n"
-        "from imrelay.forever import run_for_ever\n"
+        "from imrelay.runtime.loops import run_for_ever\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def body():\n"
         f"    raise {ending}\n"
@@ -96,12 +96,12 @@ def test_failures_that_repeat_do_not_flood_the_log(
 ) -> None:
     """The same failure again and again is logged once in a while, with a count; another kind at once."""
     pauses: list[float] = []
-    monkeypatch.setattr(forever.gevent, "sleep", pauses.append)
+    monkeypatch.setattr(loops.gevent, "sleep", pauses.append)
     clock = iter([float(number) for number in range(10_000)])
-    monkeypatch.setattr(forever.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(loops.time, "monotonic", lambda: next(clock))
     body = Failing(*(RuntimeError(str(number)) for number in range(100)), ValueError())
     body.may_end.set()
-    forever._run_loop(body, "test", 0.1)
+    loops._run_loop(body, "test", 0.1)
     assert pauses[:7] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
     assert set(pauses[7:]) == {5.0}
     kinds = [record.exc_info[0] for record in caplog.records if record.exc_info]
@@ -113,10 +113,10 @@ def test_failures_that_repeat_do_not_flood_the_log(
 def test_a_loop_that_worked_for_long_is_begun_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pause is the first again when the loop had worked for a while before it failed."""
     pauses: list[float] = []
-    monkeypatch.setattr(forever.gevent, "sleep", pauses.append)
+    monkeypatch.setattr(loops.gevent, "sleep", pauses.append)
     now = [0.0]
-    monkeypatch.setattr(forever.time, "monotonic", lambda: now[0])
-    rounds = iter([0.0, 0.0, 0.0, forever._FORGET_AFTER, 0.0])
+    monkeypatch.setattr(loops.time, "monotonic", lambda: now[0])
+    rounds = iter([0.0, 0.0, 0.0, loops._FORGET_AFTER, 0.0])
 
     def body() -> None:
         lasts = next(rounds, None)
@@ -124,5 +124,5 @@ def test_a_loop_that_worked_for_long_is_begun_again_soon(monkeypatch: pytest.Mon
             now[0] += lasts
             raise RuntimeError
 
-    forever._run_loop(body, "test", 0.1)
+    loops._run_loop(body, "test", 0.1)
     assert pauses == [0.1, 0.2, 0.4, 0.1, 0.2]

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import pytest
 
-from imrelay.session import Services
-from imrelay.web import create_app
+from imrelay.app import create_app
+from imrelay.sessions.session import Services
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import RelayProcess, eventually, plain_environment

@@ -8,8 +8,8 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from imrelay import hub
-from imrelay.hub import Hub
+from imrelay.sessions import registry
+from imrelay.sessions.registry import Hub
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0
@@ -50,7 +50,7 @@ class Member:
 @pytest.fixture
 def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that looks at its members all the time."""
-    monkeypatch.setattr(hub, "SWEEP_INTERVAL", 0.001)
+    monkeypatch.setattr(registry, "SWEEP_INTERVAL", 0.001)
     made = Hub(10)
     with gevent.Timeout(PATIENCE):
         yield made
@@ -77,7 +77,7 @@ def test_the_sweeper_outlives_a_fault_of_a_round(owner: Hub, monkeypatch: pytest
     failed = Event()
 
     def fail(interval: float) -> None:
-        monkeypatch.setattr(hub.gevent, "sleep", real)
+        monkeypatch.setattr(registry.gevent, "sleep", real)
         failed.set()
         raise RuntimeError("odd")
 
@@ -85,7 +85,7 @@ def test_the_sweeper_outlives_a_fault_of_a_round(owner: Hub, monkeypatch: pytest
     member = Member(owner)
     owner.start()
     assert member.checked.wait(PATIENCE)
-    monkeypatch.setattr(hub.gevent, "sleep", fail)
+    monkeypatch.setattr(registry.gevent, "sleep", fail)
     assert failed.wait(PATIENCE)
     member.checked.clear()
     assert member.checked.wait(PATIENCE)

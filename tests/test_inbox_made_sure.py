@@ -12,10 +12,10 @@ import pytest
 
 from imrelay.broker import inbox_check
 from imrelay.broker.channel import Channel
-from imrelay.broker.detour import Detour
 from imrelay.broker.inbox_check import InboxCheck
-from imrelay.config import InboxConfig
+from imrelay.broker.routes import Detour
 from imrelay.errors import BrokerUnavailable, RecipientUnknown
+from imrelay.settings.values import InboxConfig
 from tests.brokers import amqp
 from tests.browser import Browser
 from tests.conftest import RelayFactory

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from imrelay import log
+from imrelay.runtime import log
 from tests.browser import Browser, wait_until_ready
 from tests.harness import plain_environment
 
@@ -93,7 +93,7 @@ def test_a_log_that_nobody_reads_stops_no_message(
         host.read_to_end()
     assert host.process.wait(PATIENCE) == 0
     lines = [json.loads(line) for line in host.text.splitlines()]
-    notices = [line for line in lines if line["logger"] == "imrelay.log"]
+    notices = [line for line in lines if line["logger"] == "imrelay.runtime.log"]
     assert sum(int(line["message"].split()[0]) for line in notices) > 1000
     assert all("lines were dropped" in line["message"] for line in notices)
     times = [line["time"] for line in lines if line not in notices]

@@ -11,8 +11,8 @@ from contextlib import suppress
 
 import pytest
 
-from imrelay import log_stream
-from imrelay.log_stream import LogStream
+from imrelay.runtime import log_stream
+from imrelay.runtime.log_stream import LogStream
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0

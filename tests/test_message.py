@@ -15,9 +15,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from imrelay.errors import AnswerableError, BadId, BadJson, BadMessage, BrokerUnavailable, FromMismatch, InboxFull
-from imrelay.message import ack_frame, error_frame, from_node, to_node
-from imrelay.mid import MessageIds
-from imrelay.submission import Submission, check_id, is_utf8, parse
+from imrelay.messages.message_ids import MessageIds
+from imrelay.messages.outgoing import ack_frame, error_frame, from_node, to_node
+from imrelay.messages.submission import Submission, check_id, is_utf8, parse
 
 DEEP = 100_000
 TO = '"to":{"id":"2"}'
@@ -205,7 +205,7 @@ def test_what_is_allowed_passes_byte_for_byte(text: str) -> None:
 def test_an_integer_of_any_length_may_stand_in_the_content(digits: int) -> None:
     """How many digits Python converts is no concern of the messages, whatever this process was told about it."""
     check = (
-        "import sys; from imrelay.submission import parse\n"
+        "import sys; from imrelay.messages.submission import parse\n"
         "text = sys.stdin.read()\n"
         "assert parse(text.encode(), False, '1').body == text.encode()"
     )

@@ -13,14 +13,14 @@ import pika
 import pytest
 
 from imrelay.broker import subscription
+from imrelay.broker.codec import Delivery
 from imrelay.broker.connection import Connection
-from imrelay.broker.frames import Delivery
-from imrelay.broker.live import LiveQueue
+from imrelay.broker.live_queue import LiveQueue
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.overflow import Overflow
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import LIVE_TAG, Topology
-from imrelay.config import InboxConfig
+from imrelay.settings.values import InboxConfig
 from tests.brokers import amqp, publish_first
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory

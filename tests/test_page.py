@@ -23,7 +23,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 from websockets.sync.server import Server, ServerConnection, serve
 
-from imrelay.web import page_policy
+from imrelay.app import page_policy
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
 from tests.harness import RelayProcess, VirtualHost, eventually, plain_environment
@@ -31,7 +31,7 @@ from tests.proxy import Proxy
 
 #: Seconds until something that should happen counts as not happening.
 _PATIENCE = 15.0
-_PAGE = resources.files("imrelay").joinpath("page.html").read_text(encoding="utf-8")
+_PAGE = resources.files("imrelay").joinpath("static/chat.html").read_text(encoding="utf-8")
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = [
     *(

@@ -9,13 +9,13 @@ from typing import Any, cast
 import gevent
 import pytest
 
-from imrelay import protocol
 from imrelay.broker.connection import Connection
 from imrelay.broker.mailbox import Delivery
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
-from imrelay.config import InboxConfig, WebSocketConfig
-from imrelay.session import Services, Session, State
+from imrelay.sessions import subprotocols
+from imrelay.sessions.session import Services, Session, State
+from imrelay.settings.values import InboxConfig, WebSocketConfig
 from tests.brokers import amqp
 from tests.harness import VirtualHost, eventually
 
@@ -65,12 +65,12 @@ def test_a_message_that_cannot_be_written_ends_no_session(
 ) -> None:
     """It goes to the dead-letter exchange, its mid to the log; what came before and comes after is written."""
 
-    def unpack(self: protocol.Plain, delivery: Delivery) -> tuple[bytes, bool]:
+    def unpack(self: subprotocols.Plain, delivery: Delivery) -> tuple[bytes, bool]:
         if b"poison" in delivery.body:
             raise RecursionError("deep")
         return delivery.body, False
 
-    monkeypatch.setattr(protocol.Plain, "_unpack", unpack)
+    monkeypatch.setattr(subprotocols.Plain, "_unpack", unpack)
     user = f"poisoned {subprotocol}"
     nothing = dict.fromkeys(("join", "leave", "register", "forget"), lambda session: None)
     hub = SimpleNamespace(**nothing, is_draining=False)

@@ -17,8 +17,8 @@ from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
-from imrelay.config import InboxConfig
 from imrelay.errors import ChannelLost
+from imrelay.settings.values import InboxConfig
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0

@@ -22,10 +22,10 @@ import pika
 import pika.exceptions
 import pytest
 
-from imrelay.broker import child, installed, private
-from imrelay.broker.folder import running_url
-from imrelay.broker.private import NodeState, PrivateBroker
 from imrelay.errors import SetupError
+from imrelay.private_node import installation, node, process
+from imrelay.private_node.data_folder import running_url
+from imrelay.private_node.node import NodeState, PrivateBroker
 from tests.harness import Node, RelayProcess, eventually, is_alive, plain_environment
 
 PERSISTENT = pika.BasicProperties(delivery_mode=2)
@@ -100,7 +100,7 @@ def test_what_makes_many_inboxes_cheaper_is_set(own: Node) -> None:
     embedded, collects = own.control.evaluate(asked)
     assert (embedded == 0) == (int(version.partition(".")[0]) >= 4)
     assert collects is True
-    assert ".".join(map(str, installed.find_version(own.scripts))) == version
+    assert ".".join(map(str, installation.find_version(own.scripts))) == version
 
 
 def test_the_folder_and_its_secrets_are_closed_to_others(own: Node) -> None:
@@ -243,7 +243,7 @@ def test_an_unexpected_exception_does_not_end_the_supervision(
         return real(parameters)
 
     real = pika.BlockingConnection
-    monkeypatch.setattr(private.pika, "BlockingConnection", connect_once_in_vain)
+    monkeypatch.setattr(node.pika, "BlockingConnection", connect_once_in_vain)
     kill(inside)
     eventually(lambda: len(begun) == 2 and inside.state is NodeState.RUNNING, 90)
     assert begun[0] != begun[1]
@@ -417,11 +417,11 @@ def test_a_rabbitmq_of_somebody_else_is_left_alone(node: Node, tmp_path: Path) -
 def assert_free(data_dir: Path) -> None:
     """Assert that no process of ours is left on a folder and that its lock is free."""
     for name in ("node", "epmd"):
-        assert child.is_free_lock(data_dir / f"{name}.pid")
-        pid = child.read_pid(data_dir / f"{name}.pid")  # None of one that was ended before it wrote it
+        assert process.is_free_lock(data_dir / f"{name}.pid")
+        pid = process.read_pid(data_dir / f"{name}.pid")  # None of one that was ended before it wrote it
         assert pid is None or not is_alive(pid)
     assert running_url(data_dir) is None
-    os.close(child.lock_file(data_dir / "relay.lock"))
+    os.close(process.lock_file(data_dir / "relay.lock"))
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 def test_without_rabbitmq_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No RabbitMQ anywhere: one sentence with the command that installs it, and no folder is made."""
-    monkeypatch.setattr(installed, "_PLACES", ())
+    monkeypatch.setattr(installation, "_PLACES", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SetupError, match="apt-get install rabbitmq-server"):
         PrivateBroker(tmp_path / "data").start()
@@ -467,15 +467,15 @@ def test_without_rabbitmq_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pyt
 
 def test_debians_wrapper_is_not_taken_for_rabbitmq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script on PATH that changes the user or refuses is passed over; the real one on PATH is taken."""
-    monkeypatch.setattr(installed, "_PLACES", ())
+    monkeypatch.setattr(installation, "_PLACES", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     fake_rabbitmq(tmp_path, "exit 1", name="rabbitmq-script-wrapper")
     (tmp_path / "rabbitmq-server").symlink_to(tmp_path / "rabbitmq-script-wrapper")
     with pytest.raises(SetupError, match="not installed"):
-        installed.find_scripts()
+        installation.find_scripts()
     (tmp_path / "rabbitmq-server").unlink()
     fake_rabbitmq(tmp_path, "exit 1")
-    assert installed.find_scripts() == tmp_path
+    assert installation.find_scripts() == tmp_path
 
 
 def fake_rabbitmq(folder: Path, body: str, *, name: str = "rabbitmq-server") -> None:
@@ -487,7 +487,7 @@ def fake_rabbitmq(folder: Path, body: str, *, name: str = "rabbitmq-server") -> 
 def test_a_node_that_ends_during_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
     """The sentence has its status, where its log is and its last words; nothing is left running."""
     fake_rabbitmq(tmp_path / "bin", "echo first; echo 'boom: no luck' >&2; exit 3")
-    monkeypatch.setattr(installed, "_PLACES", (str(tmp_path / "bin"),))
+    monkeypatch.setattr(installation, "_PLACES", (str(tmp_path / "bin"),))
     broker = PrivateBroker(tmp_path / "data")
     with pytest.raises(SetupError, match="with status 3") as caught:
         broker.start()
@@ -503,7 +503,7 @@ def test_a_pid_that_nobody_holds_is_not_touched(
 ) -> None:
     """A pid file of an earlier boot may name anybody's process by now: without its lock nothing is ended."""
     fake_rabbitmq(tmp_path / "bin", "exit 3")
-    monkeypatch.setattr(installed, "_PLACES", (str(tmp_path / "bin"),))
+    monkeypatch.setattr(installation, "_PLACES", (str(tmp_path / "bin"),))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "relay.lock").touch()
     stranger = subprocess.Popen(["sleep", "60"], start_new_session=True)
@@ -521,7 +521,7 @@ def test_a_pid_that_nobody_holds_is_not_touched(
 def test_a_node_that_is_never_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
     """After the time is over the sentence says so; nothing is left running, not even what ignores SIGTERM."""
     fake_rabbitmq(tmp_path / "bin", "trap '' TERM; for i in 1 2 3 4 5 6 7 8 9 10; do sleep 1; done")
-    monkeypatch.setattr(installed, "_PLACES", (str(tmp_path / "bin"),))
+    monkeypatch.setattr(installation, "_PLACES", (str(tmp_path / "bin"),))
     broker = PrivateBroker(tmp_path / "data", start_timeout=0.5, stop_timeout=0.2)
     with pytest.raises(SetupError, match=r"not ready within 0\.5 seconds"):
         broker.start()
@@ -531,10 +531,10 @@ def test_a_node_that_is_never_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_two_at_once_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
     """While one is still starting the other is refused, and its end does not free the folder of the first."""
     fake_rabbitmq(tmp_path / "bin", "exec sleep 60")
-    monkeypatch.setattr(installed, "_PLACES", (str(tmp_path / "bin"),))
+    monkeypatch.setattr(installation, "_PLACES", (str(tmp_path / "bin"),))
     code = (
-        "import sys; from pathlib import Path; from imrelay.broker import installed, private\n"
-        "installed._PLACES = (sys.argv[1],); private.PrivateBroker(Path(sys.argv[2])).start()"
+        "import sys; from pathlib import Path; from imrelay.private_node import installation, node\n"
+        "installation._PLACES = (sys.argv[1],); node.PrivateBroker(Path(sys.argv[2])).start()"
     )
     first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "bin"), str(tmp_path / "data")])
     try:
@@ -570,4 +570,4 @@ def test_ports_that_others_have_are_not_chosen() -> None:
             except OSError:  # this machine has no IPv6
                 continue
             other.listen()
-            assert not installed.is_free_port(other.getsockname()[1])
+            assert not installation.is_free_port(other.getsockname()[1])

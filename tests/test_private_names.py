@@ -75,7 +75,7 @@ def test_the_socket_below_gevents_is_asked_for_in_one_module() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and "'_sock'" in ast.unparse(node)
     }
-    assert asked == {"websocket/wire.py": "getattr(sock, '_sock', sock)"}
+    assert asked == {"websocket/transport.py": "getattr(sock, '_sock', sock)"}
 
 
 def test_masking_in_c_is_there_and_says_the_same() -> None:

@@ -10,11 +10,11 @@ from typing import cast
 
 import pytest
 
+from imrelay.broker.codec import Delivery
 from imrelay.broker.consumer import Consumer
-from imrelay.broker.frames import Delivery
 from imrelay.errors import BadMessage
-from imrelay.protocol import V1, Plain, remembered
-from imrelay.submission import ClientAck
+from imrelay.messages.submission import ClientAck
+from imrelay.sessions.subprotocols import V1, Plain, remembered
 
 
 class FakeConsumer:

@@ -12,8 +12,8 @@ from imrelay.broker.connection import Connection, State
 from imrelay.broker.publication import OnDone, Publication
 from imrelay.broker.publisher import Publisher
 from imrelay.broker.topology import Topology
-from imrelay.config import InboxConfig
 from imrelay.errors import AnswerableError, BrokerUnavailable
+from imrelay.settings.values import InboxConfig
 
 
 class NoConnection:

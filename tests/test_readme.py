@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imrelay.settings import Setting, settings
+from imrelay.settings.reading import Setting, settings
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

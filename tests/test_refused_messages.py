@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pika
 import pytest
 
-from imrelay.broker.frames import PublishTemplate
+from imrelay.broker.codec import PublishTemplate
 from imrelay.broker.refusals import Refusals
 from imrelay.errors import BadMessage, ChannelLost, TooLarge
 from tests.brokers import amqp

@@ -11,11 +11,11 @@ import gevent
 import pika
 import pytest
 
-from imrelay.broker import relays, reminders
+from imrelay.broker import relay_queue, reminders
 from imrelay.broker.connection import Connection
-from imrelay.broker.relays import RelayQueue
-from imrelay.mid import MessageIds
-from imrelay.protocol import resumed_session
+from imrelay.broker.relay_queue import RelayQueue
+from imrelay.messages.message_ids import MessageIds
+from imrelay.sessions.subprotocols import resumed_session
 from tests.brokers import frozen
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory
@@ -361,7 +361,7 @@ class Ends:
 @pytest.fixture
 def pair(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[RelayQueue, Ends, str]]]:
     """Two relay queues in this process, which wait for each other for ever; with what they end."""
-    monkeypatch.setattr(relays, "_END_TIMEOUT", 600.0)
+    monkeypatch.setattr(relay_queue, "_END_TIMEOUT", 600.0)
     made = []
     for _ in range(2):
         ends, incarnation = Ends(), MessageIds(lambda: 1.0).incarnation

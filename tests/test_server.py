@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from imrelay.broker.folder import running_url
+from imrelay.private_node.data_folder import running_url
 from tests.brokers import amqp, free_ports
 from tests.conftest import RelayFactory
 from tests.counted import Census, CountedRelay

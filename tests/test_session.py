@@ -11,14 +11,14 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from imrelay import session as session_module
-from imrelay.broker.frames import Delivery
+from imrelay.broker.codec import Delivery
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.publication import Publication
-from imrelay.config import WebSocketConfig
-from imrelay.hub import Hub
-from imrelay.mid import MessageIds
-from imrelay.session import Services, Session, State
+from imrelay.messages.message_ids import MessageIds
+from imrelay.sessions import session as session_module
+from imrelay.sessions.registry import Hub
+from imrelay.sessions.session import Services, Session, State
+from imrelay.settings.values import WebSocketConfig
 from imrelay.websocket import ConnectionClosed
 from tests.brokers import resident_kib
 from tests.browser import Browser

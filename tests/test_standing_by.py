@@ -12,7 +12,7 @@ from imrelay.broker.connection import Connection
 from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
-from imrelay.config import InboxConfig
+from imrelay.settings.values import InboxConfig
 from tests.brokers import amqp, publish_first
 from tests.browser import Browser, wait_until_ready
 from tests.conftest import RelayFactory

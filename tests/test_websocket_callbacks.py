@@ -9,7 +9,7 @@ import pytest
 
 from imrelay.websocket import ConnectionClosed, conversation
 from imrelay.websocket.conversation import LAST_WORDS, MAX_QUEUED_BYTES, MAX_QUEUED_MESSAGES
-from imrelay.websocket.wire import READ_SIZE
+from imrelay.websocket.transport import READ_SIZE
 from tests.harness import eventually
 from tests.test_websocket_conversation import Clock, pair, settle
 from tests.websocket_peer import BINARY, PING, TEXT, close_frame, frame

@@ -9,7 +9,7 @@ import pytest
 from gevent import socket
 
 from imrelay.websocket import ConnectionClosed, WebSocket, WebSocketHandler, conversation
-from imrelay.websocket.turns import turns_of
+from imrelay.websocket.fairness import turns_of
 from tests.websocket_peer import CLOSE, PING, PONG, TEXT, close_frame, frame
 
 

@@ -66,7 +66,7 @@ def test_a_fork_begins_anew():
     program = (
         "import os, gevent, gevent.os\n"
         "from imrelay.websocket.sweeper import sweeper_of\n"
-        "from imrelay.websocket.turns import turns_of\n"
+        "from imrelay.websocket.fairness import turns_of\n"
         "hub = gevent.get_hub()\n"
         "before = sweeper_of(hub), turns_of(hub)\n"
         "assert (sweeper_of(hub), turns_of(hub)) == before\n"

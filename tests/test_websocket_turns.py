@@ -6,7 +6,7 @@ import os
 
 import gevent
 
-from imrelay.websocket.turns import turns_of
+from imrelay.websocket.fairness import turns_of
 
 
 def test_the_event_loop_polls_between_two_rounds():

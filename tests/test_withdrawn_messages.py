@@ -12,7 +12,7 @@ import pytest
 
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.publication import Publication
-from imrelay.broker.under_way import UnderWay
+from imrelay.broker.unconfirmed import UnderWay
 from imrelay.errors import AnswerableError, BrokerUnavailable
 from tests.brokers import amqp
 from tests.browser import Browser, wait_until_ready

@@ -20,8 +20,8 @@ from pika import spec
 from pika.amqp_object import Method
 from pika.exceptions import ConnectionClosedByClient
 
+from imrelay.broker.codec import Delivery, PublishTemplate, encode_ack, encode_message, encode_method
 from imrelay.broker.connection import Connection, describe
-from imrelay.broker.frames import Delivery, PublishTemplate, encode_ack, encode_message, encode_method
 from imrelay.errors import ChannelLost
 
 __all__ = ["Channel"]

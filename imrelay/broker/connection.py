@@ -24,8 +24,8 @@ from imrelay.broker.adapter import Adapter
 from imrelay.broker.inbound import Receiver
 from imrelay.broker.stream import Addresses
 from imrelay.errors import ChannelLost, SetupError
-from imrelay.forever import run_for_ever
-from imrelay.settings import hide_password
+from imrelay.runtime.loops import run_for_ever
+from imrelay.settings.reading import hide_password
 
 __all__ = ["Connection", "State", "describe"]
 

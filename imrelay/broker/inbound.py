@@ -15,7 +15,7 @@ from pika.amqp_object import Method
 from pika.exceptions import InvalidFrameError, UnexpectedFrameError
 from pika.frame import Header
 
-from imrelay.broker.frames import Confirm, Delivery, read_body, read_header, read_method, take
+from imrelay.broker.codec import Confirm, Delivery, read_body, read_header, read_method, take
 
 __all__ = ["Inbound", "Receiver"]
 

@@ -16,11 +16,11 @@ from gevent.lock import Semaphore
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
-from imrelay.broker.detour import Detour
+from imrelay.broker.inbox_opening import inbox_exists, methods_for, open_inbox
+from imrelay.broker.known_inboxes import Way
 from imrelay.broker.mailbox import Bell
-from imrelay.broker.opening import inbox_exists, methods_for, open_inbox
+from imrelay.broker.routes import Detour
 from imrelay.broker.topology import AS_IT_STANDS, Keep, Topology
-from imrelay.broker.ways import Way
 from imrelay.errors import ChannelLost
 
 __all__ = ["InboxCheck", "Outcome"]

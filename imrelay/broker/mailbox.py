@@ -7,7 +7,7 @@ from collections.abc import Callable
 import gevent
 from gevent import get_hub, getcurrent
 
-from imrelay.broker.frames import Delivery
+from imrelay.broker.codec import Delivery
 
 __all__ = ["Bell", "Delivery", "Mailbox"]
 

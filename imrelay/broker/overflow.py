@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection
 from typing import NamedTuple
 
-from imrelay.broker.frames import Delivery
+from imrelay.broker.codec import Delivery
 
 __all__ = ["Overflow", "identify"]
 

@@ -17,7 +17,7 @@ from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.topology import Topology
 from imrelay.errors import ChannelLost
-from imrelay.forever import run_for_ever
+from imrelay.runtime.loops import run_for_ever
 
 __all__ = ["ConsumerPool"]
 

@@ -20,19 +20,19 @@ import gevent
 from gevent.event import Event
 
 from imrelay.broker.channel import Channel
+from imrelay.broker.codec import PublishTemplate
 from imrelay.broker.connection import Connection, State
-from imrelay.broker.detour import Detours
-from imrelay.broker.frames import PublishTemplate
 from imrelay.broker.inbox_check import InboxCheck
+from imrelay.broker.known_inboxes import Way, Ways
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.mailbox import Bell
 from imrelay.broker.publication import Publication
 from imrelay.broker.refusals import Refusals
+from imrelay.broker.routes import Detours
 from imrelay.broker.topology import AS_IT_STANDS, Topology
-from imrelay.broker.under_way import UnderWay
-from imrelay.broker.ways import Way, Ways
+from imrelay.broker.unconfirmed import UnderWay
 from imrelay.errors import BadMessage, ChannelLost
-from imrelay.forever import run_for_ever
+from imrelay.runtime.loops import run_for_ever
 
 __all__ = ["Publisher"]
 

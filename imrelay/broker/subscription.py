@@ -19,7 +19,7 @@ from pika import spec
 from pika.amqp_object import Method
 
 from imrelay.broker.channel import Channel
-from imrelay.broker.live import LiveQueue
+from imrelay.broker.live_queue import LiveQueue
 from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.overflow import Overflow
 from imrelay.broker.topology import LIVE_TAG, Topology

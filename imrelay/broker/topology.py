@@ -15,7 +15,7 @@ from typing import Any
 from pika import spec
 from pika.amqp_object import Method
 
-from imrelay.config import InboxConfig
+from imrelay.settings.values import InboxConfig
 
 __all__ = ["AS_IT_STANDS", "INBOX_TAG", "LIVE_TAG", "Keep", "Topology"]
 

@@ -40,13 +40,13 @@ of it; `sweeper` keeps the deadlines of all sockets, `turns` their order. How it
 `answers`, `ending`, `admission`, `listener`, `request_handler` for HTTP, then `handshake`, `upgrade`, `handler`.
 """
 
-from imrelay.websocket.admission import CROWD, Admission, RefusalLog
-from imrelay.websocket.connection import WebSocket
-from imrelay.websocket.errors import ConcurrentReceive, ConnectionClosed, FrameError, WebSocketError
+from imrelay.websocket.exceptions import ConcurrentReceive, ConnectionClosed, FrameError, WebSocketError
 from imrelay.websocket.handler import WebSocketHandler
 from imrelay.websocket.handshake import is_loopback, is_upgrade, names_loopback, origin_allowed
+from imrelay.websocket.http_connections import CROWD, Admission, RefusalLog
 from imrelay.websocket.listener import Listener
 from imrelay.websocket.upgrade import UPGRADE, Endpoint, Upgrade
+from imrelay.websocket.websocket import WebSocket
 
 __all__ = [
     "CROWD",

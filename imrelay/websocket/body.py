@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import gevent
 
+from imrelay.websocket.fairness import yield_turn
 from imrelay.websocket.handshake import Refusal
-from imrelay.websocket.turns import yield_turn
 
 __all__ = ["NO_BODY", "Allowance", "BodyError", "RequestBody", "SocketReader"]
 

@@ -24,12 +24,12 @@ from typing import Any
 from gevent.hub import Hub
 
 from imrelay.websocket.deflate import Deflate
-from imrelay.websocket.errors import FrameError
+from imrelay.websocket.exceptions import FrameError
 from imrelay.websocket.frames import BINARY, CLOSE, PING, PONG, encode_close, encode_frame, read_close
 from imrelay.websocket.outbox import Write
 from imrelay.websocket.parser import FrameParser
 from imrelay.websocket.sweeper import sweeper_of
-from imrelay.websocket.wire import Limits, Wire, resume
+from imrelay.websocket.transport import Limits, Wire, resume
 
 __all__ = ["Conversation", "OnMessage", "State"]
 

@@ -11,7 +11,7 @@ from websockets.frames import Frame, Opcode
 from websockets.headers import build_extension, parse_extension
 from websockets.typing import ExtensionName
 
-from imrelay.websocket.errors import FrameError
+from imrelay.websocket.exceptions import FrameError
 
 __all__ = ["Deflate", "negotiate_deflate"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import gevent
 
-from imrelay.websocket.turns import yield_turn
+from imrelay.websocket.fairness import yield_turn
 
 __all__ = ["linger", "reset", "turn_away"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from imrelay.websocket.errors import FrameError
+from imrelay.websocket.exceptions import FrameError
 
 __all__ = [
     "BINARY",

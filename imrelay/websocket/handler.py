@@ -8,12 +8,12 @@ from typing import Any
 import gevent
 from gevent.pywsgi import WSGIHandler
 
-from imrelay.websocket.connection import WebSocket
-from imrelay.websocket.errors import ConnectionClosed
+from imrelay.websocket.exceptions import ConnectionClosed
 from imrelay.websocket.handshake import Handshake, Refusal, check_handshake, is_upgrade
 from imrelay.websocket.request_handler import NO_HTTP, RequestHandler
+from imrelay.websocket.transport import READ_SIZE, WOULD_BLOCK
 from imrelay.websocket.upgrade import UPGRADE, Endpoint, Upgrade
-from imrelay.websocket.wire import READ_SIZE, WOULD_BLOCK
+from imrelay.websocket.websocket import WebSocket
 
 __all__ = ["WebSocketHandler"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from gevent.pywsgi import WSGIServer
 
-from imrelay.websocket.admission import RefusalLog
+from imrelay.websocket.http_connections import RefusalLog
 
 __all__ = ["Listener"]
 

@@ -21,7 +21,7 @@ try:
 except ImportError:  # no C compiler when it was installed: slower, the same result
     from websockets.utils import apply_mask
 
-from imrelay.websocket.errors import FrameError
+from imrelay.websocket.exceptions import FrameError
 from imrelay.websocket.frames import (
     BINARY,
     CLOSE,

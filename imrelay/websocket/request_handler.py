@@ -17,10 +17,9 @@ import gevent
 from gevent.pywsgi import WSGIHandler
 from geventwebsocket.handler import WebSocketHandler
 
-from imrelay.websocket.admission import CROWD_SECONDS, Admission, Place
-from imrelay.websocket.answers import Logged, body_of, phrase_of, whole_answer
 from imrelay.websocket.body import NO_BODY, Allowance, RequestBody, SocketReader
 from imrelay.websocket.ending import linger, reset, turn_away
+from imrelay.websocket.fairness import yield_turn
 from imrelay.websocket.handshake import Refusal
 from imrelay.websocket.head import (
     Fields,
@@ -31,7 +30,8 @@ from imrelay.websocket.head import (
     framing_of,
     read_fields,
 )
-from imrelay.websocket.turns import yield_turn
+from imrelay.websocket.http_connections import CROWD_SECONDS, Admission, Place
+from imrelay.websocket.responses import Logged, body_of, phrase_of, whole_answer
 
 __all__ = ["RequestHandler"]
 

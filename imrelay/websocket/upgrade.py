@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from imrelay.websocket.connection import WebSocket
+from imrelay.websocket.websocket import WebSocket
 
 __all__ = ["UPGRADE", "Endpoint", "Upgrade"]
 

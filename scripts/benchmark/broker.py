@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmark.usage import family
-from imrelay.broker.installed import find_scripts
-from imrelay.broker.private import PrivateBroker
+from imrelay.private_node.installation import find_scripts
+from imrelay.private_node.node import PrivateBroker
 
 __all__ = ["Broker"]
 

@@ -21,20 +21,20 @@ __all__ = ["BREAKAGES", "Breakage", "main"]
 
 #: The folder of the package, and its files that are broken: to be changed here when a file is renamed.
 PACKAGE = "imrelay"
-_DETOUR = "broker/detour.py"
+_DETOUR = "broker/routes.py"
 _CONSUMER = "broker/consumer.py"
-_HUB = "hub.py"
+_HUB = "sessions/registry.py"
 _LEDGER = "broker/ledger.py"
-_LIVE = "broker/live.py"
+_LIVE = "broker/live_queue.py"
 _MAILBOX = "broker/mailbox.py"
-_MID = "mid.py"
-_PROTOCOL = "protocol.py"
+_MID = "messages/message_ids.py"
+_PROTOCOL = "sessions/subprotocols.py"
 _PUBLISHER = "broker/publisher.py"
 _SERVER = "server.py"
-_SESSION = "session.py"
+_SESSION = "sessions/session.py"
 _SUBSCRIPTION = "broker/subscription.py"
 _TOPOLOGY = "broker/topology.py"
-_UNDER_WAY = "broker/under_way.py"
+_UNDER_WAY = "broker/unconfirmed.py"
 
 
 @dataclass(frozen=True, slots=True)

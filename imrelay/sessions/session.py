@@ -22,15 +22,15 @@ from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.publication import Publication
 from imrelay.broker.publisher import Publisher
-from imrelay.broker.relays import RelayQueue
-from imrelay.config import WebSocketConfig
+from imrelay.broker.relay_queue import RelayQueue
 from imrelay.errors import AnswerableError, BrokerUnavailable, InboxFull
-from imrelay.hub import Hub
-from imrelay.message import ack_frame, error_frame, to_node
-from imrelay.mid import MessageIds
-from imrelay.protocol import V1, Frame, Plain, choose
-from imrelay.resends import Resends
-from imrelay.submission import ClientAck, ClientPing, Submission, parse
+from imrelay.messages.message_ids import MessageIds
+from imrelay.messages.outgoing import ack_frame, error_frame, to_node
+from imrelay.messages.submission import ClientAck, ClientPing, Submission, parse
+from imrelay.sessions.registry import Hub
+from imrelay.sessions.resends import Resends
+from imrelay.sessions.subprotocols import V1, Frame, Plain, choose
+from imrelay.settings.values import WebSocketConfig
 from imrelay.websocket import ConnectionClosed, WebSocket
 
 __all__ = ["Services", "Session", "State"]

@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from imrelay.config import LogConfig
-from imrelay.log_stream import LogStream
+from imrelay.runtime.log_stream import LogStream
+from imrelay.settings.values import LogConfig
 
 __all__ = ["configure"]
 

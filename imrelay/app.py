@@ -23,9 +23,9 @@ from werkzeug.exceptions import HTTPException, NotFound
 from werkzeug.routing import BaseConverter, MapAdapter, Rule, WebsocketMismatch
 
 from imrelay.errors import BadId
-from imrelay.protocol import resumed_session
-from imrelay.session import Services, Session
-from imrelay.submission import check_id
+from imrelay.messages.submission import check_id
+from imrelay.sessions.session import Services, Session
+from imrelay.sessions.subprotocols import resumed_session
 from imrelay.websocket import (
     UPGRADE,
     RefusalLog,
@@ -188,7 +188,7 @@ def create_app(services: Services, allowed_origins: Sequence[str]) -> Flask:
 
 
 def _add_chat(app: Flask, admissions: _Admissions) -> None:
-    page = resources.files("imrelay").joinpath("page.html").read_text(encoding="utf-8")
+    page = resources.files("imrelay").joinpath("static/chat.html").read_text(encoding="utf-8")
     headers = {
         "Cache-Control": "no-cache",
         "Content-Security-Policy": page_policy(page),

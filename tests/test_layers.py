@@ -1,4 +1,7 @@
-"""The floors of the house: which module of imrelay may import which, and who may know the libraries."""
+"""The layers: which part of imrelay may import which, and which part may know the libraries.
+
+A part is what stands directly below the package: a module, or a folder with all that is in it.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +13,32 @@ import pytest
 
 import imrelay
 
-#: The floors from the ground up; of two rooms of one floor, either may import the other.
-FLOORS = (
+#: From the ground up; of two parts of one layer, either may import the other unless both are `INDEPENDENT`.
+LAYERS = (
     {"imrelay", "imrelay.errors"},
-    {
-        "imrelay.config",
-        "imrelay.settings",
-        "imrelay.message",
-        "imrelay.submission",
-        "imrelay.mid",
-        "imrelay.tokens",
-        "imrelay.limits",
-    },
-    {"imrelay.forever", "imrelay.log", "imrelay.log_stream"},
-    {"imrelay.broker", "imrelay.websocket"},
-    {"imrelay.session", "imrelay.hub", "imrelay.protocol", "imrelay.descriptors", "imrelay.resends"},
-    {"imrelay.web"},
+    {"imrelay.settings", "imrelay.messages"},
+    {"imrelay.runtime"},
+    {"imrelay.broker", "imrelay.websocket", "imrelay.private_node"},
+    {"imrelay.sessions"},
+    {"imrelay.app", "imrelay.descriptors"},
     {"imrelay.server", "imrelay.hosting"},
     {"imrelay.cli", "imrelay.__main__", "imrelay.wsgi"},
 )
-WINGS = {"imrelay.broker", "imrelay.websocket"}
+#: Each of these stands alone beside the others.
+INDEPENDENT = LAYERS[3]
 GROUND = "imrelay.errors"
-VALUES = FLOORS[1]
-DOORS = FLOORS[-1]
+VALUES = LAYERS[1]
+ENTRY_POINTS = LAYERS[-1]
 
-#: Library -> the rooms that may import it.
-KEEPERS = {
-    "pika": {"imrelay.broker"},
+#: Library -> the parts that may import it.
+LIBRARIES = {
+    "pika": {"imrelay.broker", "imrelay.private_node"},
     "geventwebsocket": {"imrelay.websocket", "imrelay.hosting", "imrelay.wsgi", "imrelay.server"},
-    "flask": {"imrelay.web"},
-    "werkzeug": {"imrelay.web"},
+    "flask": {"imrelay.app"},
+    "werkzeug": {"imrelay.app"},
     "gunicorn": set(),
     # the latter only asks it for what was not patched
-    "gevent.monkey": DOORS | {"imrelay.log_stream"},
+    "gevent.monkey": ENTRY_POINTS | {"imrelay.runtime"},
 }
 #: What no value may import: it waits, has a handle on something outside, or reads a clock.
 OUTSIDE = {
@@ -69,10 +65,10 @@ def imports_of(source: str, module: str, *, is_package: bool = False) -> set[str
     return found
 
 
-def room_of(name: str) -> str | None:
-    """Return the room of the map to which a dotted name of imrelay belongs; None for one that is on no floor."""
-    room = ".".join(name.split(".")[:2])
-    return room if any(room in floor for floor in FLOORS) else None
+def part_of(name: str) -> str | None:
+    """Return the part of imrelay to which a dotted name belongs; None for one that is in no layer."""
+    part = ".".join(name.split(".")[:2])
+    return part if any(part in layer for layer in LAYERS) else None
 
 
 def _is_module(name: str) -> bool:
@@ -80,21 +76,21 @@ def _is_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def floor_of(room: str) -> int:
-    """Return the number of a room's floor."""
-    return next(number for number, floor in enumerate(FLOORS) if room in floor)
+def layer_of(part: str) -> int:
+    """Return the number of a part's layer."""
+    return next(number for number, layer in enumerate(LAYERS) if part in layer)
 
 
 def may_import(importer: str, imported: str) -> bool:
-    """Tell whether a module may import another one of imrelay: from a floor below, or along its own."""
-    upper, lower = room_of(importer), room_of(imported)
+    """Tell whether a module may import another one of imrelay: from a layer below, or along its own."""
+    upper, lower = part_of(importer), part_of(imported)
     if lower is None and imported.count(".") == 1 and not _is_module(imported):
         lower = "imrelay"  # `from imrelay import __version__`: a name of the package itself
     if upper is None or lower is None:
         return False
-    if upper != lower and {upper, lower} <= WINGS:
+    if upper != lower and {upper, lower} <= INDEPENDENT:
         return False
-    return floor_of(lower) <= floor_of(upper)
+    return layer_of(lower) <= layer_of(upper)
 
 
 def is_part(name: str, package: str) -> bool:
@@ -116,27 +112,27 @@ IMPORTS = {
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module_is_on_the_map(module: str) -> None:
-    """A new module needs a place in the house."""
-    assert room_of(module) is not None, f"{module} is on no floor"
+def test_every_module_is_in_a_layer(module: str) -> None:
+    """A new module needs a place in a layer."""
+    assert part_of(module) is not None, f"{module} is on no layer"
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_go_down_or_along_the_floor(module: str) -> None:
-    """No module imports from a floor above, and no wing imports the other one."""
+def test_imports_go_down_or_along_the_layer(module: str) -> None:
+    """No module imports from a layer above, and no independent part imports another one."""
     wrong = {name for name in IMPORTS[module] if is_part(name, "imrelay") and not may_import(module, name)}
     assert not wrong, f"{module} may not import {sorted(wrong)}"
 
 
 def test_nothing_goes_round_in_circles() -> None:
-    """Along a floor, too, the imports have an order: no module imports itself by way of others."""
+    """Along a layer, too, the imports have an order: no module imports itself by way of others."""
     graph = {
         module: {other for other in MODULES if other != module and any(is_part(name, other) for name in names)}
         for module, names in IMPORTS.items()
     }
     for others in graph.values():
         others.discard("imrelay")
-    for package in WINGS:  # a package's front names its rooms; they name each other, not the front
+    for package in INDEPENDENT:  # a package's __init__ names its modules; they name each other
         assert not [name for name, names in IMPORTS.items() if is_part(name, package + ".") and package in names]
         for module in graph:
             if is_part(module, package):
@@ -147,18 +143,18 @@ def test_nothing_goes_round_in_circles() -> None:
     assert not graph, f"these import each other in a circle: {sorted(graph)}"
 
 
-@pytest.mark.parametrize("library", KEEPERS)
-def test_each_library_is_known_in_its_rooms_alone(library: str) -> None:
-    """pika is for broker/, gevent-websocket for websocket/ and the roof, Flask for web, patches for doors."""
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_each_library_is_imported_by_its_parts_alone(library: str) -> None:
+    """Only what speaks AMQP imports pika, only app.py Flask, only entry points patch."""
     wrong = {
         module
         for module, names in IMPORTS.items()
-        if any(is_part(name, library) for name in names) and room_of(module) not in KEEPERS[library]
+        if any(is_part(name, library) for name in names) and part_of(module) not in LIBRARIES[library]
     }
     assert not wrong, f"{sorted(wrong)} may not import {library}"
 
 
-@pytest.mark.parametrize("module", sorted(VALUES & MODULES.keys()))
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if part_of(name) in VALUES))
 def test_values_are_pure(module: str) -> None:
     """A value has no socket, no greenlet and no clock but one passed in."""
     wrong = {name for name in IMPORTS[module] if name.split(".")[0] in OUTSIDE}
@@ -177,13 +173,13 @@ def clocks_of(source: str) -> set[str]:
     return used - {"gmtime"}
 
 
-def test_the_ground_imports_nothing() -> None:
-    """errors.py stands on nothing."""
+def test_errors_import_nothing() -> None:
+    """errors.py is the lowest layer."""
     assert {name for name in IMPORTS[GROUND] if not name.startswith("__future__.")} == set()
 
 
 @pytest.mark.parametrize("module", ["imrelay.cli", "imrelay.wsgi"])
-def test_a_door_patches_before_it_imports_anything_else(module: str) -> None:
+def test_an_entry_point_patches_before_it_imports_anything_else(module: str) -> None:
     """What is imported before `monkey.patch_all()` would keep the blocking socket."""
     seen = []
     for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body:
@@ -210,15 +206,15 @@ def test_nothing_is_imported_by_its_name_at_run_time() -> None:
 @pytest.mark.parametrize(
     ("line", "module", "is_package", "name"),
     [
-        ("import imrelay.web", "imrelay.hub", False, "imrelay.web"),
-        ("import imrelay.web as web", "imrelay.hub", False, "imrelay.web"),
-        ("from imrelay import web", "imrelay.hub", False, "imrelay.web"),
-        ("from .web import create_app", "imrelay.hub", False, "imrelay.web.create_app"),
-        ("from . import web", "imrelay.hub", False, "imrelay.web"),
-        ("from ..web import create_app", "imrelay.broker.channel", False, "imrelay.web.create_app"),
-        ("from ..web import create_app", "imrelay.broker", True, "imrelay.web.create_app"),
-        ("def f():\n    import imrelay.web", "imrelay.hub", False, "imrelay.web"),
-        ("if TYPE_CHECKING:\n    from imrelay.web import page", "imrelay.hub", False, "imrelay.web.page"),
+        ("import imrelay.app", "imrelay.errors", False, "imrelay.app"),
+        ("import imrelay.app as app", "imrelay.errors", False, "imrelay.app"),
+        ("from imrelay import app", "imrelay.errors", False, "imrelay.app"),
+        ("from .app import create_app", "imrelay.errors", False, "imrelay.app.create_app"),
+        ("from . import app", "imrelay.errors", False, "imrelay.app"),
+        ("from ..app import create_app", "imrelay.broker.channel", False, "imrelay.app.create_app"),
+        ("from ..app import create_app", "imrelay.broker", True, "imrelay.app.create_app"),
+        ("def f():\n    import imrelay.app", "imrelay.errors", False, "imrelay.app"),
+        ("if TYPE_CHECKING:\n    from imrelay.app import page", "imrelay.errors", False, "imrelay.app.page"),
     ],
 )
 def test_every_spelling_of_an_import_is_read(line: str, module: str, is_package: bool, name: str) -> None:
@@ -230,21 +226,21 @@ def test_every_spelling_of_an_import_is_read(line: str, module: str, is_package:
 @pytest.mark.parametrize(
     ("importer", "imported", "allowed"),
     [
-        ("imrelay.web", "imrelay.session.Session", True),
-        ("imrelay.session", "imrelay.hub", True),
+        ("imrelay.app", "imrelay.sessions.session.Session", True),
+        ("imrelay.sessions.session", "imrelay.sessions.registry", True),
         ("imrelay.cli", "imrelay.__version__", True),
-        ("imrelay.session", "imrelay.web", False),
+        ("imrelay.sessions.session", "imrelay.app", False),
         ("imrelay.broker.channel", "imrelay.broker.connection", True),
         ("imrelay.broker.channel", "imrelay.websocket.frames", False),
         ("imrelay.websocket", "imrelay.broker", False),
-        ("imrelay.settings", "imrelay.config", True),
-        ("imrelay.config", "imrelay.broker.topology", False),
-        ("imrelay.errors", "imrelay.config", False),
-        ("imrelay.attic", "imrelay.errors", False),
+        ("imrelay.settings.reading", "imrelay.settings.values", True),
+        ("imrelay.settings.values", "imrelay.broker.topology", False),
+        ("imrelay.errors", "imrelay.settings.values", False),
+        ("imrelay.nowhere", "imrelay.errors", False),
     ],
 )
-def test_the_rule_of_the_floors(importer: str, imported: str, allowed: bool) -> None:
-    """The rule itself: down and along is allowed; up, across the wings and off the map is not."""
+def test_the_rule_of_the_layers(importer: str, imported: str, allowed: bool) -> None:
+    """The rule itself: down and along is allowed; up, between independent parts and from nowhere is not."""
     assert may_import(importer, imported) is allowed
 
 

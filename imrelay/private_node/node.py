@@ -3,7 +3,7 @@
     STOPPED ─start─> STARTING ─ready─> RUNNING ─died─> WAITING ─back-off over─> STARTING
     any ─stop─> STOPPING ─> STOPPED
 
-What it keeps on the disk, and how it is found there, is told in `imrelay.broker.folder`.
+What it keeps on the disk, and how it is found there, is told in `imrelay.private_node.data_folder`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 import pika
 import pika.exceptions
 
-from imrelay.broker.child import Child, end_holder, is_free_lock, read_pid, until
-from imrelay.broker.folder import NodeFolder
-from imrelay.broker.installed import HOST, accepts, find_epmd, find_scripts, find_version
 from imrelay.errors import SetupError
+from imrelay.private_node.data_folder import NodeFolder
+from imrelay.private_node.installation import HOST, accepts, find_epmd, find_scripts, find_version
+from imrelay.private_node.process import Child, end_holder, is_free_lock, read_pid, until
 
 __all__ = ["NodeState", "PrivateBroker"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from imrelay.broker.frames import Delivery
+from imrelay.broker.codec import Delivery
 from imrelay.broker.overflow import Overflow, identify
 from imrelay.broker.topology import LIVE_TAG
 

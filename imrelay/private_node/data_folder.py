@@ -25,9 +25,9 @@ import secrets
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from imrelay.broker.child import is_free_lock, lock_file, read_pid
-from imrelay.broker.installed import HOST, PORTS, free_ports, is_free_port
 from imrelay.errors import SetupError
+from imrelay.private_node.installation import HOST, PORTS, free_ports, is_free_port
+from imrelay.private_node.process import is_free_lock, lock_file, read_pid
 
 __all__ = ["Identity", "NodeFolder", "running_url"]
 

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from gevent.hub import Hub
 
+from imrelay.websocket.fairness import turns_of
 from imrelay.websocket.outbox import MAX_WRITE, Outbox, Write
-from imrelay.websocket.turns import turns_of
 
 __all__ = ["READ_SIZE", "WOULD_BLOCK", "Limits", "Wire", "resume"]
 

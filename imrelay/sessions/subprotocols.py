@@ -16,9 +16,9 @@ from imrelay import __version__
 from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Delivery
 from imrelay.errors import BadMessage
-from imrelay.message import from_node, is_json, pong_frame, v1_frame
-from imrelay.mid import mid_time_ms
-from imrelay.submission import ClientAck, ClientPing, is_utf8
+from imrelay.messages.message_ids import mid_time_ms
+from imrelay.messages.outgoing import from_node, is_json, pong_frame, v1_frame
+from imrelay.messages.submission import ClientAck, ClientPing, is_utf8
 
 __all__ = ["SUBPROTOCOLS", "V1", "Frame", "Plain", "choose", "remembered", "resumed_session"]
 

@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 import gevent
 
 from imrelay.broker.connection import Connection
+from imrelay.broker.inbox_opening import offer
+from imrelay.broker.known_inboxes import Way, Ways
 from imrelay.broker.ledger import Ledger
-from imrelay.broker.opening import offer
 from imrelay.broker.publication import Publication
 from imrelay.broker.topology import Topology
-from imrelay.broker.ways import Way, Ways
 from imrelay.errors import AnswerableError, BrokerUnavailable, ChannelLost, InboxFull, RecipientUnknown
 
 __all__ = ["Detour", "Detours"]

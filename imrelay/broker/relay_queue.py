@@ -29,7 +29,7 @@ from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection, State
 from imrelay.broker.reminders import Reminders
 from imrelay.errors import ChannelLost
-from imrelay.forever import run_for_ever
+from imrelay.runtime.loops import run_for_ever
 
 __all__ = ["RelayQueue"]
 

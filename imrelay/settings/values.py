@@ -1,7 +1,7 @@
 """The settings: the values of one relay, and the one table of all keys.
 
 Each section is a frozen dataclass, each of its fields one key. The field's metadata holds its unit, its bounds
-and the line that explains it; `imrelay.settings` makes the rows of the table from it, and reads them.
+and the line that explains it; `imrelay.settings.reading` makes the rows of the table from it, and reads them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _setting(
     choices: tuple[str, ...] = (),
     check: str = "",
 ) -> Any:
-    """Declare one key; `check` names one of the checks of `imrelay.settings` that its text has to pass."""
+    """Declare one key; `check` names one of the checks of `imrelay.settings.reading` that its text has to pass."""
     metadata = {"doc": doc, "unit": unit, "low": low, "high": high, "choices": choices, "check": check}
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)

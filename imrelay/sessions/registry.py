@@ -9,7 +9,7 @@ from typing import Protocol
 import gevent
 from gevent.event import Event
 
-from imrelay.forever import run_for_ever
+from imrelay.runtime.loops import run_for_ever
 
 __all__ = ["Hub", "Member"]
 

@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from imrelay.errors import AnswerableError, BadMessage
-from imrelay.submission import ClientPing, is_utf8
+from imrelay.messages.submission import ClientPing, is_utf8
 
 __all__ = ["ack_frame", "error_frame", "from_node", "is_json", "pong_frame", "to_node", "v1_frame"]
 

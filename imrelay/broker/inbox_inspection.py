@@ -10,8 +10,8 @@ from gevent.event import Event
 from pika import spec
 
 from imrelay.broker.channel import Channel
+from imrelay.broker.codec import Delivery
 from imrelay.broker.connection import Connection
-from imrelay.broker.frames import Delivery
 from imrelay.broker.topology import INBOX_TAG, Topology
 from imrelay.errors import ChannelLost, SetupError
 

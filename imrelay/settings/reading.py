@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 from urllib.parse import unquote, urlsplit
 
-from imrelay.config import PRIVATE, Config
 from imrelay.errors import ConfigError
+from imrelay.settings.values import PRIVATE, Config
 
 __all__ = ["CONFIG_VARIABLE", "Setting", "find_file", "hide_password", "load", "settings"]
 

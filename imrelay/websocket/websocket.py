@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from gevent import getcurrent
 
 from imrelay.websocket.conversation import Conversation, OnMessage, State
-from imrelay.websocket.errors import ConcurrentReceive, ConnectionClosed
+from imrelay.websocket.exceptions import ConcurrentReceive, ConnectionClosed
 from imrelay.websocket.frames import (
     BINARY,
     SHORT_BINARY,

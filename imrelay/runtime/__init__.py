@@ -1,0 +1,1 @@
+"""What the process itself needs: loops that live as long as it, and its log."""

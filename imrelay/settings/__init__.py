@@ -1,0 +1,1 @@
+"""The settings of one relay: their values, and how they are read."""
