@@ -152,7 +152,7 @@ class _Admissions:
 
     def admit(self, upgrade: Upgrade) -> Response:
         """Answer a handshake that is in order: 101 with a place among `max_connections`, or an error."""
-        environ, hub = request.environ, self._services.hub
+        environ, registry = request.environ, self._services.registry
         if (
             not self._allowed_origins
             and is_loopback(upgrade.local_address)
@@ -165,10 +165,10 @@ class _Admissions:
             user = check_id(_path())
         except BadId as exc:
             return _error(400, "bad_id", f"the path is / and the id of a user: {exc}")
-        if hub.is_draining:
+        if registry.is_draining:
             return _error(503, "stopping", "the relay is stopping; connect again")
-        if hub.is_full:
-            self._refusals.note(f"max_connections ({len(hub)}) are here, one more socket was refused")
+        if registry.is_full:
+            self._refusals.note(f"max_connections ({len(registry)}) are here, one more socket was refused")
             return _error(503, "too_many_connections", "this relay has as many sockets as it may; try again later")
         resumed = resumed_session(environ.get("HTTP_SEC_WEBSOCKET_PROTOCOL", ""))
         return UpgradeResponse(upgrade, AdmittedSocket(user, resumed, self._services))
@@ -250,7 +250,7 @@ def _add_errors(app: Flask) -> None:
 
 def _problem(services: Services) -> str:
     """Say why no message can be accepted now; empty when they can."""
-    if services.hub.is_draining:
+    if services.registry.is_draining:
         return "the relay is stopping"
     if not services.publisher.is_ready:
         return f"no broker to publish to: {services.publisher.problem}"

@@ -1,4 +1,4 @@
-"""The roof: builds a relay from its settings, bottom up, and takes it down again from the top."""
+"""Builds a relay from its settings, from the bottom up, and takes it down from the top."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from imrelay.errors import ConfigError, SetupError
 from imrelay.messages.message_ids import MessageIds
 from imrelay.private_node.data_folder import running_url
 from imrelay.private_node.node import PrivateBroker
-from imrelay.sessions.registry import Hub
+from imrelay.sessions.registry import Registry
 from imrelay.sessions.session import Services
 from imrelay.sessions.subprotocols import SUBPROTOCOLS, remembered
 from imrelay.settings.values import Config
@@ -70,19 +70,19 @@ class Relay:
             on_exchange_lost=self._consumers.rebind,
         )
         capacity = allot(config, places=places)
-        self._hub = Hub(capacity.sockets)
+        self._registry = Registry(capacity.sockets)
         mids = MessageIds(time.time)
         self._relays = RelayQueue(
             mids.incarnation,
             wait_for_connection=self._consumers.wait_for_connection,
             publishing=self._publisher.connection,
-            end_here=self._hub.end,
+            end_here=self._registry.end,
             wait_given_back=self._consumers.wait_given_back,
         )
         #: Bounds the connections that are no browser sockets; for the WebSocket handler.
         self.admission = Admission(capacity.http)
         services = Services(
-            self._hub,
+            self._registry,
             self._consumers,
             self._publisher,
             mids,
@@ -96,7 +96,7 @@ class Relay:
 
     def start(self) -> None:
         """Begin to connect to the broker; returns at once. Sockets may come at any time."""
-        self._hub.start()
+        self._registry.start()
         self._publisher.start()
         self._consumers.start()
         self._relays.start()
@@ -104,19 +104,21 @@ class Relay:
     def stop(self, timeout: float) -> None:
         """Stop gracefully within about `timeout` seconds: answer what was accepted, close every socket (1012)."""
         until = time.monotonic() + timeout - min(_CLOSING, timeout / 4)
-        self._hub.is_draining = True
+        self._registry.is_draining = True
         lost = self._publisher.flush(until - time.monotonic())
         if lost:
             logger.error("%d messages were not confirmed by the broker; their senders are told", lost)
         self._relays.stop()  # who comes back elsewhere is not to wait for what is about to end
         publisher = gevent.spawn(self._publisher.stop)
         gevent.sleep(0)  # it answers those senders at once, while they can be told
-        late = self._hub.drain(1012, "the relay is stopping", max(min(1.0, timeout / 8), until - time.monotonic()))
+        late = self._registry.drain(
+            1012, "the relay is stopping", max(min(1.0, timeout / 8), until - time.monotonic())
+        )
         if late:
             logger.warning("%d sockets had not taken what was under way to them; it stays in their inboxes", late)
         self._consumers.stop()
         publisher.join()
-        self._hub.stop()
+        self._registry.stop()
 
 
 def handler_class(config: Config) -> type[WebSocketHandler]:

@@ -1,4 +1,4 @@
-"""The door for WSGI hosting: `imrelay.wsgi:application`.
+"""The entry point for WSGI hosting: `imrelay.wsgi:application`.
 
     gunicorn -k geventwebsocket.gunicorn.workers.GeventWebSocketWorker -w 2 imrelay.wsgi:application
 

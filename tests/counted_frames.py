@@ -17,7 +17,7 @@ import pika
 
 from imrelay.broker.inbound import Inbound
 from imrelay.broker.outbound import Outbound
-from imrelay.websocket import transport as websocket_wire
+from imrelay.websocket import transport
 
 counts: Counter[str] = Counter()
 
@@ -36,8 +36,8 @@ if __name__ == "__main__":
     pika.frame.decode_frame = counted("decoded by pika", pika.frame.decode_frame)
     Outbound.flush = counted("amqp writes", Outbound.flush)  # type: ignore[method-assign]
     Inbound.feed = counted("amqp reads", Inbound.feed)  # type: ignore[method-assign]
-    websocket_wire.Wire._write = counted("websocket writes", websocket_wire.Wire._write)
-    websocket_wire.Wire._on_readable = counted("websocket reads", websocket_wire.Wire._on_readable)
+    transport.Transport._write = counted("websocket writes", transport.Transport._write)
+    transport.Transport._on_readable = counted("websocket reads", transport.Transport._on_readable)
     status = main()
     print(json.dumps(counts), flush=True)
     sys.exit(status)

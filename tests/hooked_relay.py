@@ -19,15 +19,15 @@ from gevent.fileobject import FileObject
 from imrelay import server
 from imrelay.app import create_app
 from imrelay.cli import main
-from imrelay.sessions.registry import Hub, Member
+from imrelay.sessions.registry import Member, Registry
 from imrelay.websocket import Admission
 
 _go = Event()
 _most = 0
-_join = Hub.join
+_join = Registry.join
 
 
-def _join_and_count(self: Hub, member: Member) -> None:
+def _join_and_count(self: Registry, member: Member) -> None:
     global _most
     _join(self, member)
     _most = max(_most, len(self))
@@ -75,7 +75,7 @@ def _raise() -> None:
 def _places() -> dict[str, int]:
     everything = gc.get_objects()
     return {
-        "sessions": sum(len(item) for item in everything if isinstance(item, Hub)),
+        "sessions": sum(len(item) for item in everything if isinstance(item, Registry)),
         "http": sum(len(item) for item in everything if isinstance(item, Admission)),
         "most": _most,
     }
@@ -91,7 +91,7 @@ def _answer() -> None:
 
 
 if __name__ == "__main__":
-    Hub.join = _join_and_count  # type: ignore[method-assign]
+    Registry.join = _join_and_count  # type: ignore[method-assign]
     server.create_app = _create_hooked_app
     gevent.spawn(_answer).name = "answer"
     sys.exit(main())

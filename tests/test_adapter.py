@@ -18,7 +18,7 @@ from pika import frame, spec
 
 from imrelay.broker import connection as connection_module
 from imrelay.broker.channel import Channel
-from imrelay.broker.connection import Connection, State
+from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.broker.stream import Stream
 from imrelay.errors import ChannelLost
 from tests.fake_broker import FakeBroker, FakeConnection
@@ -85,7 +85,11 @@ def wait_in_thread(event: threading.Event) -> bool:
 def test_a_name_that_does_not_resolve_is_said() -> None:
     """The operator reads which URL it was, and what the resolver said."""
     with Opened("amqp://ann:secret@no-such-host.invalid/") as connection:
-        eventually(lambda: connection.state is State.WAITING and connection.problem, PATIENCE, sleep=gevent.sleep)
+        eventually(
+            lambda: connection.state is ConnectionState.WAITING and connection.problem,
+            PATIENCE,
+            sleep=gevent.sleep,
+        )
         wait_for_problem(connection, "no-such-host.invalid")
         assert "secret" not in connection.problem
         assert "[Errno -" in connection.problem
@@ -175,7 +179,7 @@ def test_what_is_no_amqp_ends_the_connection_at_once(answer: bytes) -> None:
 
     with FakeBroker(answer_and_wait) as broker, Opened(broker.url) as connection:
         assert wait_in_thread(ended)
-        eventually(lambda: connection.state is State.WAITING, PATIENCE, sleep=gevent.sleep)
+        eventually(lambda: connection.state is ConnectionState.WAITING, PATIENCE, sleep=gevent.sleep)
         assert any(said in connection.problem for said in ("no AMQP 0-9-1", "largest allowed", "FRAME_END"))
 
 

@@ -21,7 +21,7 @@ from imrelay.broker.connection import Connection
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.messages.message_ids import MessageIds
-from imrelay.sessions.registry import Hub
+from imrelay.sessions.registry import Registry
 from imrelay.sessions.session import Services
 from imrelay.settings.values import InboxConfig, WebSocketConfig
 from tests.browser import Browser, in_background, wait_until_ready
@@ -277,7 +277,7 @@ def services_on(url: str) -> Services:
     pool.start()
     eventually(lambda: pool.is_open, PATIENCE, sleep=gevent.sleep)
     return Services(
-        Hub(100),
+        Registry(100),
         pool,
         publisher=cast(Any, None),
         mids=MessageIds(time.time),
@@ -297,7 +297,7 @@ def crowd(broker: VirtualHost) -> Iterator[list[AdmittedSocket]]:
         yield sockets
         for socket in sockets:
             socket.close()
-        assert not len(services.hub)
+        assert not len(services.registry)
         services.consumers.stop()
 
 
@@ -362,7 +362,7 @@ def test_who_is_closed_while_it_attaches_waits_no_longer(gate: Gate, monkeypatch
         assert gate.wait_held(PATIENCE)
         socket.close()
         attaching.get()
-        assert not len(services.hub)
+        assert not len(services.registry)
         gate.let_pass()
         services.consumers.stop()
 

@@ -9,7 +9,7 @@ import pytest
 from gevent.event import Event
 
 from imrelay.broker import connection as module
-from imrelay.broker.connection import Connection, State
+from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.errors import SetupError
 from imrelay.server import Relay
 from imrelay.settings.reading import load
@@ -29,12 +29,12 @@ def guard() -> Iterator[None]:
 class States:
     """Takes a connection's states; fails at those that it is told to."""
 
-    def __init__(self, *fails_at: State) -> None:
-        self.seen: list[State] = []
+    def __init__(self, *fails_at: ConnectionState) -> None:
+        self.seen: list[ConnectionState] = []
         self.fails_at = set(fails_at)
-        self.came = {state: Event() for state in State}
+        self.came = {state: Event() for state in ConnectionState}
 
-    def __call__(self, state: State) -> None:
+    def __call__(self, state: ConnectionState) -> None:
         self.seen.append(state)
         self.came[state].set()
         if state in self.fails_at:
@@ -57,19 +57,24 @@ def test_a_fault_in_finding_the_broker_does_not_end_the_keeper(
     made.start()
     assert made.wait_open(PATIENCE)
     made.close()
-    assert states.seen == [State.WAITING, State.CONNECTING, State.OPEN, State.CLOSED]
+    assert states.seen == [
+        ConnectionState.WAITING,
+        ConnectionState.CONNECTING,
+        ConnectionState.OPEN,
+        ConnectionState.CLOSED,
+    ]
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError, OSError]
 
 
 def test_who_fails_to_take_a_state_does_not_disturb_the_connection(broker_url: str) -> None:
     """`on_state` raises at each change, also in the event loop: the connection opens, and comes back."""
-    states = States(*State)
+    states = States(*ConnectionState)
     made = Connection(lambda: [broker_url], name="test", heartbeat=60, on_state=states)
     made.start()
     assert made.wait_open(PATIENCE)
-    states.came[State.OPEN].clear()
+    states.came[ConnectionState.OPEN].clear()
     made._adapter.abort(RuntimeError("lost"))
-    assert states.came[State.OPEN].wait(PATIENCE)
+    assert states.came[ConnectionState.OPEN].wait(PATIENCE)
     made.close()
     assert made.is_closed
 
@@ -92,11 +97,11 @@ def test_a_fault_while_it_is_open_leaves_no_second_connection(
     made = Connection(lambda: [broker_url], name="test", heartbeat=60, on_state=states)
     made.start()
     assert made.wait_open(PATIENCE)
-    states.came[State.OPEN].clear()
+    states.came[ConnectionState.OPEN].clear()
     made._adapter.abort(RuntimeError("lost"))
-    assert states.came[State.OPEN].wait(PATIENCE)
+    assert states.came[ConnectionState.OPEN].wait(PATIENCE)
     assert failed.is_set()
-    assert states.seen[-3:] == [State.WAITING, State.CONNECTING, State.OPEN]
+    assert states.seen[-3:] == [ConnectionState.WAITING, ConnectionState.CONNECTING, ConnectionState.OPEN]
     made.close()
 
 
@@ -113,7 +118,7 @@ def test_no_url_at_all_is_waited_out(caplog: pytest.LogCaptureFixture) -> None:
     made = Connection(urls, name="test", heartbeat=60)
     made.start()
     gevent.sleep(0.05)
-    assert made.state is State.WAITING
+    assert made.state is ConnectionState.WAITING
     assert made.problem == "no URL of a broker is known"
     made.close()
 
@@ -154,7 +159,7 @@ def test_when_one_connection_opens_the_others_of_the_relay_try_at_once(
     wait_for(lambda: publish._is_backing_off and consume._is_backing_off)
     way.is_away = False
     gevent.sleep(0.05)
-    assert publish.state is consume.state is State.WAITING, "nobody has said that the broker is back"
+    assert publish.state is consume.state is ConnectionState.WAITING, "nobody has said that the broker is back"
     consume.hurry()
     wait_for(lambda: publish.is_open and consume.is_open)
     relay.stop(1)
@@ -171,11 +176,11 @@ def test_hurrying_disturbs_only_who_backs_off(broker_url: str, monkeypatch: pyte
     assert made.is_open
     monkeypatch.setattr(module.random, "uniform", lambda least, most: PATIENCE * 100)
     made._adapter.abort(RuntimeError("lost"))
-    wait_for(lambda: made.state is State.WAITING)
+    wait_for(lambda: made.state is ConnectionState.WAITING)
     for _ in range(10):
         made.hurry()
         gevent.sleep(0.01)
-    assert (made.state, way.asked) == (State.WAITING, 1)
+    assert (made.state, way.asked) == (ConnectionState.WAITING, 1)
     made.close()
     made.hurry()
     assert made.is_closed

@@ -13,7 +13,7 @@ import pytest
 from imrelay.broker import inbox_check
 from imrelay.broker.channel import Channel
 from imrelay.broker.inbox_check import InboxCheck
-from imrelay.broker.routes import Detour
+from imrelay.broker.routes import Route
 from imrelay.errors import BrokerUnavailable, RecipientUnknown
 from imrelay.settings.values import InboxConfig
 from tests.brokers import amqp
@@ -237,7 +237,7 @@ def test_a_fault_leaves_nobody_unreachable(
         sender.send("ben", "m1")
         sender.send("ben", "m2")
         assert sender.wait() == {"m1": None, "m2": None}
-        assert not sender.publisher._detours.by_user
+        assert not sender.publisher._routes.by_user
     assert "something new" in caplog.text
 
 
@@ -248,15 +248,15 @@ def test_a_message_that_comes_back_again_and_again_is_no_tight_loop(
     asked = 0
     ask = InboxCheck.ask
 
-    def count(self: InboxCheck, detour: object) -> None:
+    def count(self: InboxCheck, route: object) -> None:
         nonlocal asked
         asked += 1
-        ask(self, detour)  # type: ignore[arg-type]
+        ask(self, route)  # type: ignore[arg-type]
 
     monkeypatch.setattr(InboxCheck, "ask", count)
 
-    def find(self: InboxCheck, detour: Detour) -> None:
-        self._on_checked(detour, self._way(self._clock(), inbox_check.AS_IT_STANDS[0], None))
+    def find(self: InboxCheck, route: Route) -> None:
+        self._on_checked(route, self._way(self._clock(), inbox_check.AS_IT_STANDS[0], None))
 
     monkeypatch.setattr(InboxCheck, "_check_batch", lambda self, channel, batch: find(self, batch[0]))
     monkeypatch.setattr(InboxCheck, "_check_one", find)
@@ -267,7 +267,7 @@ def test_a_message_that_comes_back_again_and_again_is_no_tight_loop(
         assert error.code == "broker_unavailable"
         assert not error.uncertain, "it came back"
         assert 2 <= asked <= 5
-        eventually(lambda: not sender.publisher._detours.by_user, PATIENCE, sleep=gevent.sleep)
+        eventually(lambda: not sender.publisher._routes.by_user, PATIENCE, sleep=gevent.sleep)
 
 
 def test_one_inbox_that_does_not_answer_holds_up_nobody_else(
@@ -311,12 +311,12 @@ def test_an_inbox_that_did_not_answer_is_asked_for_alone(
     with running_publisher(broker.url) as sender:
         for number in range(20):
             sender.send(f"stuck {number}", f"s{number}")
-        detours = sender.publisher._detours.by_user
-        failed = lambda: sum(detour.failures > 0 for detour in detours.values())  # noqa: E731
+        routes = sender.publisher._routes.by_user
+        failed = lambda: sum(route.failures > 0 for route in routes.values())  # noqa: E731
         eventually(lambda: failed() == 20, PATIENCE, sleep=gevent.sleep)
         monkeypatch.setattr(inbox_check, "_BATCH_TIMEOUT", 3 * PATIENCE)
-        for detour in list(detours.values()):
-            sender.publisher._check.ask(detour)
+        for route in list(routes.values()):
+            sender.publisher._check.ask(route)
         for number in range(10):
             sender.send(f"user {number}", f"m{number}")
         assert sender.wait(10) == {f"m{number}": None for number in range(10)}

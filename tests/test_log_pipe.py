@@ -12,15 +12,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pika
 import pytest
 
 from imrelay.runtime import log
+from tests.brokers import amqp
 from tests.browser import Browser, wait_until_ready
 from tests.harness import plain_environment
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 60.0
-#: Sockets that come and go while nobody reads the log; each makes some dozens of lines at the level debug.
+#: Sockets that come and go while nobody reads the log; each makes a few lines at the level debug.
 SESSIONS = 200
 
 
@@ -84,9 +86,12 @@ def test_a_log_that_nobody_reads_stops_no_message(
     host = PipedRelay(tmp_path, f"--broker-url={broker_url}", "--log-level=debug", "--log-format=json")
     started.append(host)
     wait_until_ready(host)
-    with Browser(host, "ann") as ann, Browser(host, "ben") as ben:
+    strange = pika.BasicProperties(type="x" * 200)  # a line for each
+    with Browser(host, "ann") as ann, Browser(host, "ben") as ben, amqp(broker_url) as channel:
         for number in range(SESSIONS):
             Browser(host, f"guest{number % 50}").close()
+            for _ in range(40):
+                channel.basic_publish("imrelay.relays", "", b"{}", strange)
             ann.say("ben", number)
             assert ben.contents_until(number)
         host.process.send_signal(signal.SIGTERM)
@@ -144,4 +149,6 @@ def test_exceptions_of_greenlets_and_at_the_end_pass_the_same_way(
 def test_the_notice_is_a_line_like_any_other() -> None:
     """The line about dropped ones has the form of the text log: time, level, logger."""
     line = log._notice(log._Text())(12)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING imrelay\.log: 12 lines were .*\n", line)
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z WARNING imrelay\.runtime\.log: 12 lines were .*\n", line
+    )

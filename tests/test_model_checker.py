@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.model.client import split_v1
 from tests.model.history import History, Message, Session, Violation
 from tests.model.soak import Figures
 from tests.model.verdict import complaints
-from tests.model.wire import split_v1
 
 _MIDS = [f"01M86CPHEC42MXP89J1P897A{number:02}" for number in range(10, 90)]
 

@@ -14,7 +14,7 @@ from imrelay.broker.mailbox import Delivery
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.sessions import subprotocols
-from imrelay.sessions.session import Services, Session, State
+from imrelay.sessions.session import Services, Session, SessionState
 from imrelay.settings.values import InboxConfig, WebSocketConfig
 from tests.brokers import amqp
 from tests.harness import VirtualHost, eventually
@@ -73,11 +73,11 @@ def test_a_message_that_cannot_be_written_ends_no_session(
     monkeypatch.setattr(subprotocols.Plain, "_unpack", unpack)
     user = f"poisoned {subprotocol}"
     nothing = dict.fromkeys(("join", "leave", "register", "forget"), lambda session: None)
-    hub = SimpleNamespace(**nothing, is_draining=False)
+    registry = SimpleNamespace(**nothing, is_draining=False)
     mids = SimpleNamespace(next=lambda: ("session", 0))
     limits = WebSocketConfig()
     services = Services(
-        cast(Any, hub),
+        cast(Any, registry),
         pool,
         publisher=cast(Any, None),
         mids=cast(Any, mids),
@@ -98,7 +98,7 @@ def test_a_message_that_cannot_be_written_ends_no_session(
         for body in (b'"before"', b'"poison"', b'"after"'):
             channel.basic_publish("direct_message", user, body, mandatory=True)
         eventually(lambda: any(b"after" in payload for payload in socket.written), PATIENCE, sleep=gevent.sleep)
-        assert session.state is State.OPEN
+        assert session.state is SessionState.OPEN
         eventually(lambda: broker.queues()["dead"]["messages"] == 1, PATIENCE, sleep=gevent.sleep)
         assert channel.basic_get("dead", auto_ack=True)[2] == b'"poison"'
         channel.exchange_delete("imrelay.dead")

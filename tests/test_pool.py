@@ -12,7 +12,7 @@ import pytest
 from gevent.event import Event
 
 from imrelay.broker import pool
-from imrelay.broker.connection import Connection, State
+from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.pool import ConsumerPool
@@ -52,10 +52,10 @@ class Door:
 
     channel_max = 2047
     channels = 0
-    state = State.OPEN
+    state = ConnectionState.OPEN
     reason = ""
 
-    def __init__(self, on_state: Callable[[State], None]) -> None:
+    def __init__(self, on_state: Callable[[ConnectionState], None]) -> None:
         self.looks = 0
         self._on_state = on_state
         self._is_open = False
@@ -70,7 +70,7 @@ class Door:
     def open(self) -> None:
         """Open it, and say so."""
         self._is_open = True
-        self._on_state(State.OPEN)
+        self._on_state(ConnectionState.OPEN)
 
     def start(self) -> None:
         """Begin."""
@@ -111,7 +111,7 @@ class Attaching:
         assert last.ended.wait(PATIENCE)
         gevent.sleep(0)
 
-    def _new_connection(self, name: str, on_state: Callable[[State], None]) -> Connection:
+    def _new_connection(self, name: str, on_state: Callable[[ConnectionState], None]) -> Connection:
         self.doors.append(Door(on_state))
         return cast(Connection, self.doors[-1])
 

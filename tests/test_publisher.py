@@ -8,7 +8,7 @@ import gevent
 import pytest
 from gevent.event import Event
 
-from imrelay.broker.connection import Connection, State
+from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.broker.publication import OnDone, Publication
 from imrelay.broker.publisher import Publisher
 from imrelay.broker.topology import Topology
@@ -19,7 +19,7 @@ from imrelay.settings.values import InboxConfig
 class NoConnection:
     """A connection that never opens."""
 
-    state = State.WAITING
+    state = ConnectionState.WAITING
     is_open = False
     reason = "refused"
 

@@ -16,8 +16,8 @@ from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.publication import Publication
 from imrelay.messages.message_ids import MessageIds
 from imrelay.sessions import session as session_module
-from imrelay.sessions.registry import Hub
-from imrelay.sessions.session import Services, Session, State
+from imrelay.sessions.registry import Registry
+from imrelay.sessions.session import Services, Session, SessionState
 from imrelay.settings.values import WebSocketConfig
 from imrelay.websocket import ConnectionClosed
 from tests.brokers import resident_kib
@@ -163,14 +163,14 @@ class Bench:
     """A session with everything around it."""
 
     def __init__(self) -> None:
-        self.hub = Hub(10)
+        self.registry = Registry(10)
         self.consumer = FakeConsumer()
         self.mailbox = Mailbox()
         self.socket = FakeSocket()
         self.publisher = FakePublisher()
         self.before = greenlets()
         services = Services(
-            self.hub,
+            self.registry,
             cast(Any, self),
             cast(Any, self.publisher),
             MessageIds(lambda: 1_800_000_000.0),
@@ -190,16 +190,16 @@ class Bench:
     def open(self) -> None:
         """Let it run until its welcome has been taken."""
         eventually(lambda: self.socket.taken, sleep=gevent.sleep)
-        assert self.hub._by_id
+        assert self.registry._by_id
 
     def expect_ended(self, code: int) -> None:
         """Expect that nothing of it is left."""
         self.running.join()
         assert self.socket.close_code == code
         assert self.consumer.is_closed
-        assert self.session.state in (State.CLOSING, State.CLOSED)
-        assert len(self.hub) == 0
-        assert self.hub._by_id == {}
+        assert self.session.state in (SessionState.CLOSING, SessionState.CLOSED)
+        assert len(self.registry) == 0
+        assert self.registry._by_id == {}
         assert greenlets() <= self.before
 
 
@@ -339,7 +339,7 @@ def test_messages_without_an_answer_are_bounded_in_number(bench: Bench) -> None:
 
 @pytest.mark.parametrize("broken", ["socket", "consumer"])
 def test_what_cannot_be_closed_does_not_keep_the_rest(bench: Bench, broken: str) -> None:
-    """When closing the socket or the consumer fails, all else is closed, and the hub counts it no longer."""
+    """When closing the socket or the consumer fails, all else is closed, and the registry counts it no longer."""
     bench.open()
     getattr(bench, broken).failure = RuntimeError("injected")
     with pytest.raises(RuntimeError, match="injected"):
@@ -364,19 +364,19 @@ def test_who_resumes_a_session_waits_until_the_broker_has_back_what_it_had(bench
     """Its end is awaited by all who resume it, and also when it has left by itself; a stranger ends nothing."""
     bench.open()
     session = bench.session.id
-    bench.hub.end("bob", session, 600)
-    assert bench.session.state is State.OPEN
+    bench.registry.end("bob", session, 600)
+    assert bench.session.state is SessionState.OPEN
     bench.consumer.is_detached.clear()
-    first = gevent.spawn(bench.hub.end, "ann", session, 600)
-    eventually(lambda: len(bench.hub) == 0, sleep=gevent.sleep)
-    second = gevent.spawn(bench.hub.end, "ann", session, 600)
+    first = gevent.spawn(bench.registry.end, "ann", session, 600)
+    eventually(lambda: len(bench.registry) == 0, sleep=gevent.sleep)
+    second = gevent.spawn(bench.registry.end, "ann", session, 600)
     gevent.idle()
     assert not first.ready()
     assert not second.ready()
     bench.consumer.is_detached.set()
     gevent.joinall([first, second], raise_error=True)
     bench.expect_ended(4409)
-    bench.hub.end("ann", session, 600)  # it is unknown now
+    bench.registry.end("ann", session, 600)  # it is unknown now
 
 
 # -- against a relay -----------------------------------------------------------------------------------------

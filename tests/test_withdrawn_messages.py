@@ -12,7 +12,7 @@ import pytest
 
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.publication import Publication
-from imrelay.broker.unconfirmed import UnderWay
+from imrelay.broker.unconfirmed import Unconfirmed
 from imrelay.errors import AnswerableError, BrokerUnavailable
 from tests.brokers import amqp
 from tests.browser import Browser, wait_until_ready
@@ -181,7 +181,7 @@ def test_a_broker_that_stops_makes_nothing_grow(broker: VirtualHost, how: str) -
         for number in range(3 * size):
             with suppress(BrokerUnavailable):  # no room in time
                 sender.send("gus", f"m{number}", body)
-            assert len(publisher._under_way) <= size
+            assert len(publisher._unconfirmed) <= size
             assert publisher._ledger.held_bytes <= size * len(body)
             assert channel._outbound.unsent_bytes <= 65_536 + len(body)
         answers = dict(sender.wait())
@@ -356,14 +356,14 @@ def test_a_confirm_costs_what_it_confirms() -> None:
             looked += 1
             return super().pop(*arguments)
 
-    under_way = UnderWay()
-    under_way.by_tag = Counted()
+    unconfirmed = Unconfirmed()
+    unconfirmed.by_tag = Counted()
     for number in range(10_000):
-        tag = under_way.add(publication(f"m{number}", None))
-        assert [one.mid for one in under_way.take(tag, False)] == [f"m{number}"]
+        tag = unconfirmed.add(publication(f"m{number}", None))
+        assert [one.mid for one in unconfirmed.take(tag, False)] == [f"m{number}"]
     for number in range(5):
-        under_way.add(publication(f"n{number}", None))
+        unconfirmed.add(publication(f"n{number}", None))
     looked = 0
-    assert [one.mid for one in under_way.take(10_003, True)] == ["n0", "n1", "n2"]
+    assert [one.mid for one in unconfirmed.take(10_003, True)] == ["n0", "n1", "n2"]
     assert looked <= 3 + 4
-    assert len(under_way) == 2
+    assert len(unconfirmed) == 2

@@ -1,1 +1,1 @@
-"""The wing that speaks AMQP 0-9-1 to RabbitMQ; nothing outside of it imports pika."""
+"""AMQP 0-9-1 to RabbitMQ: connections, channels, the publisher, and what delivers to sessions."""

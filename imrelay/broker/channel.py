@@ -49,7 +49,7 @@ ANSWER_TIMEOUT = 30.0
 _NO_REPLIES: list[Method] = []
 
 
-class _State(enum.Enum):
+class _ChannelState(enum.Enum):
     """Where the life of a channel stands."""
 
     OPENING = "opening"
@@ -58,7 +58,7 @@ class _State(enum.Enum):
     CLOSED = "closed"
 
 
-_OPEN, _CLOSING = _State.OPEN, _State.CLOSING
+_OPEN, _CLOSING = _ChannelState.OPEN, _ChannelState.CLOSING
 
 
 class Channel:
@@ -115,7 +115,7 @@ class Channel:
         #: Set when the call that is under way has ended, where another greenlet waits for that.
         self._idle: Event | None = None
         self._ended: Event | None = None
-        self._state = _State.OPENING
+        self._state = _ChannelState.OPENING
         self._adapter, self._number = connection.add_channel(self)
         self._outbound = self._adapter.outbound
         self._outbound.emit(encode_method(self._number, spec.Channel.Open()))
@@ -264,7 +264,7 @@ class Channel:
 
         A confirm that comes late is left out: its tag means another message on the publisher's next channel.
         """
-        if self._state in (_CLOSING, _State.CLOSED):
+        if self._state in (_CLOSING, _ChannelState.CLOSED):
             return
         self._on_lost = None
         self.on_delivery = self._on_message = None
@@ -277,7 +277,7 @@ class Channel:
 
     def shut_down(self) -> None:
         """Begin to close, so that nothing more is sent; unless it was `close`, the owner is told of the end."""
-        if self._state not in (_CLOSING, _State.CLOSED):
+        if self._state not in (_CLOSING, _ChannelState.CLOSED):
             self._state = _CLOSING
             self._outbound.emit(encode_method(self._number, spec.Channel.Close(0, "Normal shutdown", 0, 0)))
 
@@ -290,7 +290,7 @@ class Channel:
             if self._awaited is not None:
                 self._awaited.set()
         elif isinstance(method, spec.Channel.OpenOk):
-            if self._state is _State.OPENING:
+            if self._state is _ChannelState.OPENING:
                 self._state = _OPEN
         elif isinstance(method, spec.Channel.Close):
             # also where it crosses our own, which RabbitMQ then does not always answer
@@ -324,7 +324,7 @@ class Channel:
         if self.lost is not None:
             return
         self.lost = lost
-        self._state = _State.CLOSED
+        self._state = _ChannelState.CLOSED
         self._adapter.forget_channel(self._number)
         self.on_delivery = None
         if self._ended is not None:

@@ -27,7 +27,7 @@ from imrelay.errors import ChannelLost, SetupError
 from imrelay.runtime.loops import run_for_ever
 from imrelay.settings.reading import hide_password
 
-__all__ = ["Connection", "State", "describe"]
+__all__ = ["Connection", "ConnectionState", "describe"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _MOMENT = 0.02
 _CONNECT_TIMEOUT = 15.0
 
 
-class State(enum.Enum):
+class ConnectionState(enum.Enum):
     """Where the life of a broker connection stands."""
 
     CONNECTING = "connecting"
@@ -67,13 +67,13 @@ class Connection:
         name: str,
         heartbeat: int,
         tls: ssl.SSLContext | None = None,
-        on_state: Callable[[State], None] | None = None,
+        on_state: Callable[[ConnectionState], None] | None = None,
     ) -> None:
         self.name = name
         #: Why it is not open, for everybody; and for the operator, with the URL but without its password.
         self.reason = self.problem = "not connected yet"
         self._shown = ""
-        self.state = State.WAITING
+        self.state = ConnectionState.WAITING
         self._urls = urls
         self._heartbeat = heartbeat
         self._tls = tls
@@ -91,14 +91,14 @@ class Connection:
 
     def start(self) -> None:
         """Begin to connect; returns at once."""
-        if self._keeper is None and self.state is not State.CLOSED:
+        if self._keeper is None and self.state is not ConnectionState.CLOSED:
             self._keeper = run_for_ever(self._run_keeper, name=f"keeper:{self.name}")
 
     def close(self, timeout: float = 2.0) -> None:
         """Close it for good, with the AMQP handshake if the broker answers within `timeout` seconds."""
         if self.is_closed:
             return
-        self._set_state(State.CLOSED, "closed")
+        self._set_state(ConnectionState.CLOSED, "closed")
         self._pause.set()
         adapter = self._adapter
         keeper = self._keeper
@@ -123,13 +123,17 @@ class Connection:
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
-        return self.state is State.CLOSED
+        return self.state is ConnectionState.CLOSED
 
     @property
     def is_open(self) -> bool:
         """Whether channels can be opened now. The channels of a lost connection end before `state` says so."""
         adapter = self._adapter
-        return self.state in (State.OPEN, State.BLOCKED) and adapter is not None and adapter.is_open
+        return (
+            self.state in (ConnectionState.OPEN, ConnectionState.BLOCKED)
+            and adapter is not None
+            and adapter.is_open
+        )
 
     @property
     def channel_max(self) -> int:
@@ -169,15 +173,15 @@ class Connection:
                 return adapter, self._number
         raise ChannelLost(f"all {limit} channels of the connection are in use")
 
-    def _set_state(self, state: State, problem: str = "") -> None:
+    def _set_state(self, state: ConnectionState, problem: str = "") -> None:
         if self.is_closed or (state is self.state and problem == self.reason):
             return
         self._tell(state, problem)
         self.state = state
-        if state is not State.CONNECTING:  # which does not yet know better
+        if state is not ConnectionState.CONNECTING:  # which does not yet know better
             self.reason = problem
             self.problem = f"{self._shown}: {problem}" if self._shown and problem else problem
-        if state in (State.OPEN, State.BLOCKED):
+        if state in (ConnectionState.OPEN, ConnectionState.BLOCKED):
             self._open.set()
         else:
             self._open.clear()
@@ -187,18 +191,22 @@ class Connection:
             except Exception:
                 logger.exception("broker connection %s: who uses it failed to take its state", self.name)
 
-    def _tell(self, state: State, problem: str) -> None:
+    def _tell(self, state: ConnectionState, problem: str) -> None:
         """Log a change of state; that it still cannot be reached for the same reason is said once."""
         told = f"{self._shown}: {problem}" if self._shown else problem
-        level = logging.WARNING if problem and state is not State.CLOSED else logging.INFO
-        if state is State.CONNECTING or told in self._told:
+        level = logging.WARNING if problem and state is not ConnectionState.CLOSED else logging.INFO
+        if state is ConnectionState.CONNECTING or told in self._told:
             level = logging.DEBUG
-        if state is State.OPEN:
+        if state is ConnectionState.OPEN:
             self._told.clear()
         elif problem:
             self._told.add(told)
-        about = f" ({told})" if problem and state is not State.CLOSED else ""
-        lasting = "; trying again until it is back" if level == logging.WARNING and state is State.WAITING else ""
+        about = f" ({told})" if problem and state is not ConnectionState.CLOSED else ""
+        lasting = (
+            "; trying again until it is back"
+            if level == logging.WARNING and state is ConnectionState.WAITING
+            else ""
+        )
         old, new = self.state.value, state.value
         logger.log(level, "broker connection %s: %s -> %s%s%s", self.name, old, new, about, lasting)
 
@@ -217,11 +225,11 @@ class Connection:
         except SetupError as exc:
             urls, problem, self._shown = (), str(exc), ""
         for url in urls:
-            self._set_state(State.CONNECTING)
+            self._set_state(ConnectionState.CONNECTING)
             problem = self._connect(url)
             if self.is_closed or not problem:
                 return
-        self._set_state(State.WAITING, problem)
+        self._set_state(ConnectionState.WAITING, problem)
         pause = _pause(self._tries)
         self._tries += 1
         self._is_backing_off = True
@@ -233,7 +241,7 @@ class Connection:
     def _give_up(self, problem: str) -> None:
         """Wait for the next attempt after an exception that was not expected, without what it left open."""
         self._adapter = None
-        self._set_state(State.WAITING, problem)
+        self._set_state(ConnectionState.WAITING, problem)
 
     def _connect(self, url: str) -> str:
         """Live through one connection, from the attempt to its end; say what prevented it, or nothing."""
@@ -248,7 +256,7 @@ class Connection:
             adapter.add_on_connection_blocked_callback(self._on_blocked)
             adapter.add_on_connection_unblocked_callback(self._on_unblocked)
             self._tries = 0
-            self._set_state(State.OPEN)
+            self._set_state(ConnectionState.OPEN)
 
         self._shown = hide_password(url)
         try:
@@ -262,7 +270,7 @@ class Connection:
             self._ended.set()
         if not opened:
             return reason
-        self._set_state(State.WAITING, reason)
+        self._set_state(ConnectionState.WAITING, reason)
         # many relays lost it at the same moment: do not all come back at the same moment
         self._pause.wait(random.uniform(0, _FIRST_PAUSE))
         return ""
@@ -279,10 +287,10 @@ class Connection:
 
     def _on_blocked(self, adapter: Adapter, frame: pika.frame.Method) -> None:
         why = getattr(frame.method, "reason", "") or "no reason given"
-        self._set_state(State.BLOCKED, f"the broker has raised an alarm: {why}")
+        self._set_state(ConnectionState.BLOCKED, f"the broker has raised an alarm: {why}")
 
     def _on_unblocked(self, adapter: Adapter, frame: pika.frame.Method) -> None:
-        self._set_state(State.OPEN)
+        self._set_state(ConnectionState.OPEN)
 
 
 def _pause(tries: int) -> float:

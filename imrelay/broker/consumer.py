@@ -208,7 +208,7 @@ class Consumer:
         self._keeper.enqueue(self, lost)
 
     def _on_cancel(self) -> None:
-        """The broker ended a consumer: its queue was deleted or its node lost (`basic.cancel`); in the hub."""
+        """The broker ended a consumer: its queue was deleted or its node lost (`basic.cancel`)."""
         attached = self.is_attached
         logger.info("the broker cancelled a consumer of %s", ascii(self.user))
         self._leave()
@@ -216,7 +216,7 @@ class Consumer:
             self._keeper.enqueue(self)
 
     def _on_lost(self, lost: ChannelLost) -> None:
-        """The channel ended, in the hub."""
+        """The channel ended, in the event loop."""
         if self.is_attached:
             self._leave()
             self._keeper.enqueue(self, lost if lost.reply_code else None)

@@ -17,9 +17,9 @@ from gevent.lock import Semaphore
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
 from imrelay.broker.inbox_opening import inbox_exists, methods_for, open_inbox
-from imrelay.broker.known_inboxes import Way
+from imrelay.broker.known_inboxes import KnownInbox
 from imrelay.broker.mailbox import Bell
-from imrelay.broker.routes import Detour
+from imrelay.broker.routes import Route
 from imrelay.broker.topology import AS_IT_STANDS, Keep, Topology
 from imrelay.errors import ChannelLost
 
@@ -44,7 +44,7 @@ _KNOWN_FOR = 60.0
 _WARN_INTERVAL = 5.0
 
 #: The way to the inbox; None: there is none, and none is to be opened; or why that is not known.
-Outcome = Way | BaseException | None
+Outcome = KnownInbox | BaseException | None
 
 
 class InboxCheck:
@@ -57,7 +57,7 @@ class InboxCheck:
         self,
         connection: Connection,
         topology: Topology,
-        on_checked: Callable[[Detour, Outcome], None],
+        on_checked: Callable[[Route, Outcome], None],
         *,
         create: bool,
         expires: float,
@@ -69,7 +69,7 @@ class InboxCheck:
         self._create = create
         self._expires = expires
         self._clock = clock
-        self._queue: deque[Detour] = deque()
+        self._queue: deque[Route] = deque()
         self._bell = Bell()
         #: Stays open for all batches, until the broker refuses one.
         self._channel: Channel | None = None
@@ -81,10 +81,10 @@ class InboxCheck:
         self._stopped = False
         self._warned_at = -_WARN_INTERVAL
 
-    def ask(self, detour: Detour) -> None:
+    def ask(self, route: Route) -> None:
         """Have a user's inbox made sure of, together with others; returns at once."""
-        detour.asked = len(detour.waiting)
-        self._queue.append(detour)
+        route.asked = len(route.waiting)
+        self._queue.append(route)
         self._bell.ring()
 
     def forget(self) -> None:
@@ -123,17 +123,18 @@ class InboxCheck:
         if channel is not None:
             channel.close()
 
-    def _check_batch(self, channel: Channel, batch: Sequence[Detour]) -> None:
+    def _check_batch(self, channel: Channel, batch: Sequence[Route]) -> None:
         asked_at = self._clock()
-        keeps = [AS_IT_STANDS[0] if one.way is None else one.way.keep for one in batch]
+        keeps = [AS_IT_STANDS[0] if one.inbox is None else one.inbox.keep for one in batch]
         users = zip((one.user for one in batch), keeps, strict=True)
         with gevent.Timeout(_BATCH_TIMEOUT):
             channel.call(*methods_for(self._topology, users, create=self._create))
         self._size = min(self._size * 2, self._largest)
         for one, keep in zip(batch, keeps, strict=True):
-            self._on_checked(one, self._way(asked_at, keep, None if one.way is None else one.way.expires))
+            expires = None if one.inbox is None else one.inbox.expires
+            self._on_checked(one, self._known_inbox(asked_at, keep, expires))
 
-    def _divide_or_fail(self, batch: Sequence[Detour], exc: BaseException) -> None:
+    def _divide_or_fail(self, batch: Sequence[Route], exc: BaseException) -> None:
         """Find out for whom the broker has refused a batch, or does not answer it; fail where it is lost."""
         is_for_one = isinstance(exc, gevent.Timeout) or (isinstance(exc, ChannelLost) and exc.reply_code)
         if is_for_one:
@@ -143,13 +144,13 @@ class InboxCheck:
         else:
             self._fail(batch, exc)
 
-    def _spawn_parts(self, batch: Sequence[Detour], size: int) -> None:
+    def _spawn_parts(self, batch: Sequence[Route], size: int) -> None:
         """Check so many users at a time over a channel of its own, several at the same time."""
         for at in range(0, len(batch), size):
             part = batch[at : at + size]
             gevent.spawn(self._run_part, part).name = f"inbox check:{part[0].user}"
 
-    def _run_part(self, part: Sequence[Detour]) -> None:
+    def _run_part(self, part: Sequence[Route]) -> None:
         try:
             with self._parallel_again if part[0].failures else self._parallel:
                 if len(part) == 1:
@@ -167,23 +168,23 @@ class InboxCheck:
             else:
                 self._fail(part, exc)
 
-    def _check_one(self, detour: Detour) -> None:
+    def _check_one(self, route: Route) -> None:
         """Check one user as thoroughly as it takes."""
         asked_at = self._clock()
-        if not self._create and not inbox_exists(self._connection, self._topology, detour.user):
-            self._on_checked(detour, None)
+        if not self._create and not inbox_exists(self._connection, self._topology, route.user):
+            self._on_checked(route, None)
             return
-        keep, expires = open_inbox(self._connection, self._topology, detour.user)
+        keep, expires = open_inbox(self._connection, self._topology, route.user)
         self._size = min(self._size * 2, self._largest)
-        self._on_checked(detour, self._way(asked_at, keep, expires))
+        self._on_checked(route, self._known_inbox(asked_at, keep, expires))
 
-    def _way(self, asked_at: float, keep: Keep, expires: float | None) -> Way:
+    def _known_inbox(self, asked_at: float, keep: Keep, expires: float | None) -> KnownInbox:
         if expires is None:
             expires = self._expires
         known_for = min(_KNOWN_FOR, expires / 2) if expires else _KNOWN_FOR
-        return Way(asked_at + known_for, keep, expires)
+        return KnownInbox(asked_at + known_for, keep, expires)
 
-    def _fail(self, batch: Sequence[Detour], exc: BaseException) -> None:
+    def _fail(self, batch: Sequence[Route], exc: BaseException) -> None:
         if not isinstance(exc, (ChannelLost, gevent.Timeout)):
             logger.error("inboxes could not be checked; they will be again", exc_info=exc)
         elif getattr(exc, "reply_code", True) and time.monotonic() - self._warned_at >= _WARN_INTERVAL:

@@ -1,16 +1,16 @@
-"""The ways to users: to whose inbox messages may be published, as what, and until when that is known."""
+"""The inboxes that are known to be there: as what, and until when that is known."""
 
 from __future__ import annotations
 
 from imrelay.broker.topology import Keep
 
-__all__ = ["Way", "Ways"]
+__all__ = ["KnownInbox", "KnownInboxes"]
 
 #: Users that are remembered; at most twice as many.
 _REMEMBERED = 10_000
 
 
-class Way:
+class KnownInbox:
     """What is known of one user's inbox."""
 
     __slots__ = ("expires", "keep", "method", "until")
@@ -26,29 +26,29 @@ class Way:
         self.method = b""
 
 
-class Ways:
-    """The ways that were found over one channel, in two generations: no bookkeeping per message but a look."""
+class KnownInboxes:
+    """The inboxes that were found over one channel, in two generations: one look per message, no bookkeeping."""
 
     __slots__ = ("_older", "recent")
 
     def __init__(self) -> None:
-        self.recent: dict[str, Way] = {}
-        self._older: dict[str, Way] = {}
+        self.recent: dict[str, KnownInbox] = {}
+        self._older: dict[str, KnownInbox] = {}
 
-    def find(self, user: str) -> Way | None:
+    def find(self, user: str) -> KnownInbox | None:
         """Return what is known, be it out of date."""
-        way = self.recent.get(user)
-        if way is None:
-            way = self._older.get(user)
-            if way is not None:
-                self.remember(user, way)
-        return way
+        inbox = self.recent.get(user)
+        if inbox is None:
+            inbox = self._older.get(user)
+            if inbox is not None:
+                self.remember(user, inbox)
+        return inbox
 
-    def remember(self, user: str, way: Way) -> None:
-        """Note a way; what was not used for longest is forgotten."""
+    def remember(self, user: str, inbox: KnownInbox) -> None:
+        """Note an inbox; what was not used for longest is forgotten."""
         if len(self.recent) >= _REMEMBERED:
             self._older, self.recent = self.recent, {}
-        self.recent[user] = way
+        self.recent[user] = inbox
 
     def forget(self, user: str) -> None:
         """Know nothing of a user's inbox any more: a message came back."""
@@ -56,6 +56,6 @@ class Ways:
         self._older.pop(user, None)
 
     def clear(self) -> None:
-        """Know nothing: on another channel a message has another frame, on another node an inbox another way."""
+        """Know nothing: on another channel a message has another frame, an inbox on another node may differ."""
         self.recent = {}
         self._older = {}

@@ -12,7 +12,7 @@ import gevent
 from gevent.event import AsyncResult
 
 from imrelay.broker.channel import Channel
-from imrelay.broker.connection import Connection, State
+from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.broker.consumer import Consumer
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.topology import Topology
@@ -43,7 +43,7 @@ class ConsumerPool:
 
     def __init__(
         self,
-        new_connection: Callable[[str, Callable[[State], None]], Connection],
+        new_connection: Callable[[str, Callable[[ConnectionState], None]], Connection],
         topology: Topology,
         *,
         prefetch: int,
@@ -87,7 +87,9 @@ class ConsumerPool:
     @property
     def may_open_soon(self) -> bool:
         """Whether they can, or whether it is just being tried."""
-        return self.is_open or any(connection.state is State.CONNECTING for connection in self._connections)
+        return self.is_open or any(
+            connection.state is ConnectionState.CONNECTING for connection in self._connections
+        )
 
     @property
     def problem(self) -> str:
@@ -147,7 +149,7 @@ class ConsumerPool:
     def enqueue(self, consumer: Consumer, lost: ChannelLost | None = None) -> None:
         """Have a consumer attached: at once, or after a pause where that has just failed.
 
-        May be called from the hub.
+        May be called from the event loop.
         """
         if consumer.is_closed:
             return

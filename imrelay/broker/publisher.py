@@ -6,7 +6,7 @@ them. What a lost connection leaves unconfirmed is published again, in order and
 A message is handed over when it is written to the connection. As long as the kernel has not taken all of that, and
 while too many are not confirmed, the next ones stay in the queue, from which they are withdrawn when their time is
 over. Before the first message to a user, and when what is known is out of date, the user's inbox is made sure of:
-messages wait in a `Detour` for that, as they do after one came back.
+messages wait in a `Route` for that, as they do after one came back.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from gevent.event import Event
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.codec import PublishTemplate
-from imrelay.broker.connection import Connection, State
+from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.broker.inbox_check import InboxCheck
-from imrelay.broker.known_inboxes import Way, Ways
+from imrelay.broker.known_inboxes import KnownInbox, KnownInboxes
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.mailbox import Bell
 from imrelay.broker.publication import Publication
 from imrelay.broker.refusals import Refusals
-from imrelay.broker.routes import Detours
+from imrelay.broker.routes import Routes
 from imrelay.broker.topology import AS_IT_STANDS, Topology
-from imrelay.broker.unconfirmed import UnderWay
+from imrelay.broker.unconfirmed import Unconfirmed
 from imrelay.errors import BadMessage, ChannelLost
 from imrelay.runtime.loops import run_for_ever
 
@@ -64,7 +64,7 @@ class Publisher:
 
     def __init__(
         self,
-        new_connection: Callable[[str, Callable[[State], None]], Connection],
+        new_connection: Callable[[str, Callable[[ConnectionState], None]], Connection],
         topology: Topology,
         *,
         queue_size: int,
@@ -85,29 +85,29 @@ class Publisher:
         self._exchange_is_lost = False
         self._ledger = Ledger(queue_size, timeout, queue_bytes, self._enqueue)
         self._queue: deque[Publication] = deque()
-        self._under_way = UnderWay()
-        self._max_under_way = queue_size
+        self._unconfirmed = Unconfirmed()
+        self._max_unconfirmed = queue_size
         #: The last one whose sender waits for its answer.
         self._awaited_tag = 0
-        self._ways = Ways()
+        self._known = KnownInboxes()
         self._check = InboxCheck(
             self._connection,
             topology,
-            lambda detour, outcome: self._detours.checked(detour, outcome),
+            lambda route, outcome: self._routes.checked(route, outcome),
             create=create_unknown,
             expires=inbox_expires,
             clock=clock,
         )
-        self._detours = Detours(
+        self._routes = Routes(
             self._ledger,
             self._connection,
             topology,
-            self._ways,
+            self._known,
             persistent=persistent,
             ask=self._check.ask,
             requeue=self._requeue,
             renew=self._leave,
-            elsewhere=(lambda: Way(clock() + _ELSEWHERE, AS_IT_STANDS[0], 0.0)) if other_server else None,
+            elsewhere=(lambda: KnownInbox(clock() + _ELSEWHERE, AS_IT_STANDS[0], 0.0)) if other_server else None,
         )
         self._refusals = Refusals(clock)
         self._channel: Channel | None = None
@@ -147,7 +147,7 @@ class Publisher:
     @property
     def is_ready(self) -> bool:
         """Whether a message that came now would go out at once."""
-        return self._channel is not None and self._connection.state is State.OPEN
+        return self._channel is not None and self._connection.state is ConnectionState.OPEN
 
     @property
     def problem(self) -> str:
@@ -177,8 +177,8 @@ class Publisher:
             self._bell.ring()
         self._queue.append(publication)
 
-    def _on_state(self, state: State) -> None:
-        if state is State.WAITING:
+    def _on_state(self, state: ConnectionState) -> None:
+        if state is ConnectionState.WAITING:
             self._refusals.forget_limit()
         self._bell.ring()
 
@@ -202,11 +202,11 @@ class Publisher:
         if lost is None or self._stopped:
             return
         self._channel = None
-        under_way = self._under_way.clear()
+        unconfirmed = self._unconfirmed.clear()
         if not self._refusals.is_one(lost):
             self._stopping.wait(_LOST_PAUSE)
             return
-        for publication, error in self._refusals.judge(lost, under_way, self._ledger):
+        for publication, error in self._refusals.judge(lost, unconfirmed, self._ledger):
             self._ledger.answer(publication, error)
         pause = self._refusals.pause
         logger.warning("the broker refused what was published; going on in %.1f s: %s", pause, ascii(lost.reason))
@@ -227,10 +227,10 @@ class Publisher:
         if self._exchange_is_lost:
             self._exchange_is_lost = False
             self._on_exchange_lost()
-        self._under_way.clear()
-        self._detours.clear()
+        self._unconfirmed.clear()
+        self._routes.clear()
         self._check.forget()
-        self._ways.clear()
+        self._known.clear()
         self._refusals.prune()
         self._queue = deque(self._ledger)
         for publication in self._queue:
@@ -253,69 +253,70 @@ class Publisher:
 
     def _may_publish(self, channel: Channel) -> bool:
         """Tell whether the next message may be handed over."""
-        most = 1 if self._refusals.suspects else self._max_under_way
-        is_open = self._connection.state is State.OPEN  # and not blocked
-        return is_open and len(self._under_way) < most and not channel.has_unsent
+        most = 1 if self._refusals.suspects else self._max_unconfirmed
+        is_open = self._connection.state is ConnectionState.OPEN  # and not blocked
+        return is_open and len(self._unconfirmed) < most and not channel.has_unsent
 
     def _publish_some(self, channel: Channel) -> None:
         """Publish up to `_BATCH` of what is queued in one go."""
-        queue, by_user, ways, under_way = self._queue, self._detours.by_user, self._ways.recent, self._under_way
+        queue, unconfirmed = self._queue, self._unconfirmed
+        by_user, known = self._routes.by_user, self._known.recent
         encode = self._prepared.encode_content
         now = self._clock()
-        room = 1 if self._refusals.suspects else min(_BATCH, self._max_under_way - len(under_way))
+        room = 1 if self._refusals.suspects else min(_BATCH, self._max_unconfirmed - len(unconfirmed))
         frames: list[bytes] = []
         size = 0
         for _ in range(min(len(queue), room)):
             publication = queue.popleft()
             if publication.done:
-                self._detours.skip(publication)
+                self._routes.skip(publication)
                 continue
             size += len(publication.body)
             if size > _BATCH_BYTES and frames:
                 queue.appendleft(publication)
                 break
             user = publication.user
-            way = ways.get(user)
+            inbox = known.get(user)
             if by_user and user in by_user:
-                detour = by_user[user]
-                if detour.alone is not publication:
-                    detour.waiting.append(publication)
+                route = by_user[user]
+                if route.alone is not publication:
+                    route.waiting.append(publication)
                     continue
-                way = detour.way
-            elif way is None or way.until <= now:
-                way = self._find_way(publication, now)
-            if way is None:
+                inbox = route.inbox
+            elif inbox is None or inbox.until <= now:
+                inbox = self._find_inbox(publication, now)
+            if inbox is None:
                 continue
             try:
-                method = way.method or self._encode_method(way, user)
+                method = inbox.method or self._encode_method(inbox, user)
                 content = encode(publication.mid, publication.binary, publication.body)
             except ValueError:  # AMQP has no room for it: that one must not end the publisher of all
                 logger.exception("message %s cannot be published", publication.mid)
                 self._ledger.answer(publication, BadMessage("this message cannot be published"))
-                self._detours.skip(publication)
+                self._routes.skip(publication)
                 continue
             frames += (method, content)
-            tag = under_way.add(publication)
+            tag = unconfirmed.add(publication)
             if publication.message_id is not None:
                 self._awaited_tag = tag
         if frames:
-            is_awaited = self._awaited_tag in under_way.by_tag or self._ledger.is_filling
+            is_awaited = self._awaited_tag in unconfirmed.by_tag or self._ledger.is_filling
             hurry = is_awaited or bool(by_user) or bool(self._refusals.suspects)
             channel.publish(b"".join(frames), at_once=hurry)
 
-    def _find_way(self, publication: Publication, now: float) -> Way | None:
-        """Return the way to a user who is not in the newer part of `_ways`; None: the message waits for it."""
+    def _find_inbox(self, publication: Publication, now: float) -> KnownInbox | None:
+        """Return the inbox of a user who is not in the newer part of `_known`; None: the message waits."""
         user = publication.user
-        way = self._ways.find(user)
-        if way is not None and way.until > now:
-            return way
+        inbox = self._known.find(user)
+        if inbox is not None and inbox.until > now:
+            return inbox
         # nothing is under way to somebody of whom nothing is known on this channel
-        self._detours.begin(publication, 0 if way is None else self._under_way.count(user))
+        self._routes.begin(publication, 0 if inbox is None else self._unconfirmed.count(user))
         return None
 
-    def _encode_method(self, way: Way, user: str) -> bytes:
-        way.method = self._prepared.encode_method(user)
-        return way.method
+    def _encode_method(self, inbox: KnownInbox, user: str) -> bytes:
+        inbox.method = self._prepared.encode_method(user)
+        return inbox.method
 
     @property
     def _prepared(self) -> PublishTemplate:
@@ -328,7 +329,7 @@ class Publisher:
         self._bell.ring()
 
     def _on_lost(self, lost: ChannelLost) -> None:
-        """The channel ended; in the hub too."""
+        """The channel ended; in the event loop too."""
         self._lost = lost
         self._exchange_is_lost = self._exchange_is_lost or lost.reply_code == _NOT_FOUND
         self._channel = None
@@ -342,20 +343,20 @@ class Publisher:
         self._bell.ring()
 
     def _on_return(self, mid: str | None) -> None:
-        """A message came back: its user has no inbox (`basic.return`); its `basic.ack` follows. In the hub."""
-        publication = self._under_way.take_back(mid or "")
+        """A message came back: its user has no inbox (`basic.return`); its `basic.ack` follows."""
+        publication = self._unconfirmed.take_back(mid or "")
         if publication is not None:
-            self._detours.note_returned(publication, self._under_way.count(publication.user))
+            self._routes.note_returned(publication, self._unconfirmed.count(publication.user))
 
     def _on_confirm(self, tag: int, multiple: bool, accepted: bool) -> None:
-        """The broker has taken or refused one or more messages (`basic.ack`, `basic.nack`); in the hub."""
-        is_plain = accepted and not self._detours.by_user and not self._refusals.suspects
-        for publication in self._under_way.take(tag, multiple):
+        """The broker has taken or refused one or more messages (`basic.ack`, `basic.nack`); in the event loop."""
+        is_plain = accepted and not self._routes.by_user and not self._refusals.suspects
+        for publication in self._unconfirmed.take(tag, multiple):
             if is_plain:
                 self._ledger.answer(publication, None)
             else:
                 self._refusals.clear(publication)
-                self._detours.settle(publication, accepted)
+                self._routes.settle(publication, accepted)
         if self._queue:  # which may have waited for this
             self._bell.ring()
 
@@ -365,7 +366,7 @@ class Publisher:
             gevent.sleep(_SWEEP)
             if self._ledger.expire():  # while the broker is away, what has been answered must not pile up
                 self._queue = deque(publication for publication in self._queue if not publication.done)
-                self._detours.prune()
+                self._routes.prune()
                 self._refusals.prune()
                 self._forget_overdue()
                 self._bell.ring()
@@ -376,7 +377,7 @@ class Publisher:
         A queue that confirms nothing, while its leader hangs or is gone, must not keep all other users' messages
         from being handed over. A broker that answers nobody opens no other channel either, and is given no more.
         """
-        overdue = self._under_way.count_answered()
-        if self._channel is not None and 2 * overdue >= self._max_under_way:
+        overdue = self._unconfirmed.count_answered()
+        if self._channel is not None and 2 * overdue >= self._max_unconfirmed:
             logger.warning("%d messages were not confirmed in time: going on over another channel", overdue)
             self._leave()

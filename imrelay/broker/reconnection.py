@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable, Sequence
 
-from imrelay.broker.connection import Connection, State
+from imrelay.broker.connection import Connection, ConnectionState
 
 __all__ = ["Connections"]
 
@@ -25,11 +25,11 @@ class Connections:
         self._tls = tls
         self._made: list[Connection] = []
 
-    def new(self, name: str, on_state: Callable[[State], None]) -> Connection:
+    def new(self, name: str, on_state: Callable[[ConnectionState], None]) -> Connection:
         """Make a connection, which its user starts and closes."""
 
-        def on_change(state: State) -> None:
-            if state is State.OPEN:
+        def on_change(state: ConnectionState) -> None:
+            if state is ConnectionState.OPEN:
                 self._hurry(made)
             on_state(state)
 

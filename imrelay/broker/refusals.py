@@ -67,11 +67,11 @@ class Refusals:
         return bool(lost.reply_code) or _connection_code(lost) in _OF_A_CONNECTION
 
     def judge(
-        self, lost: ChannelLost, under_way: Sequence[Publication], pending: Iterable[Publication]
+        self, lost: ChannelLost, unconfirmed: Sequence[Publication], pending: Iterable[Publication]
     ) -> list[tuple[Publication, AnswerableError]]:
         """Return the messages that are answered for good, each with why.
 
-        `under_way` is what was published over that channel and not confirmed, `pending` all that is not answered.
+        `unconfirmed` is what was published over that channel, `pending` all that is not answered.
         """
         self._prolong_pause()
         if lost.reply_code in _OF_NO_MESSAGE:
@@ -82,13 +82,13 @@ class Refusals:
             large = [publication for publication in pending if len(publication.body) > limit]
             if large:
                 return [(publication, self._too_large(publication.body)) for publication in large]
-        if len(under_way) == 1:
-            (culprit,) = under_way
+        if len(unconfirmed) == 1:
+            (culprit,) = unconfirmed
             culprit.refusals += 1
             if lost.reply_code or culprit.refusals >= _REFUSALS_OF_A_CONNECTION:
                 self.clear(culprit)
                 return [(culprit, BadMessage(f"the broker refuses this message: {lost.reason}"))]
-        self.suspects.update(publication for publication in under_way if not publication.done)
+        self.suspects.update(publication for publication in unconfirmed if not publication.done)
         return []
 
     def _too_large(self, body: bytes) -> TooLarge:

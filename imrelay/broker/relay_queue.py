@@ -26,7 +26,7 @@ from gevent.event import AsyncResult, Event
 from pika import spec
 
 from imrelay.broker.channel import Channel
-from imrelay.broker.connection import Connection, State
+from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.broker.reminders import Reminders
 from imrelay.errors import ChannelLost
 from imrelay.runtime.loops import run_for_ever
@@ -139,7 +139,7 @@ class RelayQueue:
     def _send(self, queue: str, kind: str, session: str, **more: str) -> bool:
         """Say something to another relay, where that can be now; tell whether it can."""
         sender = self._sender
-        if sender is None or self._publishing.state is not State.OPEN:
+        if sender is None or self._publishing.state is not ConnectionState.OPEN:
             return False
         properties = spec.BasicProperties(
             type=kind,
@@ -225,7 +225,7 @@ class RelayQueue:
                 self._tell(session, has_answered=False)
 
     def _on_return(self, session: str | None) -> None:
-        """There is no such queue, so that relay is gone, or about to come back; in the hub."""
+        """There is no such queue, so that relay is gone, or about to come back; in the event loop."""
         self._tell(session or "", has_answered=False)
 
     def _tell(self, session: str, *, has_answered: bool) -> None:
@@ -233,7 +233,7 @@ class RelayQueue:
             answer.set(has_answered)
 
     def _on_message(self, channel: Channel, tag: int, properties: spec.BasicProperties, body: bytes) -> None:
-        """Take a message, in the hub; at most `_PREFETCH` are not yet acknowledged."""
+        """Take a message, in the event loop; at most `_PREFETCH` are not yet acknowledged."""
         gevent.spawn(self._run_message, channel, tag, properties, body).name = "relay-queue:message"
 
     def _run_message(self, channel: Channel, tag: int, properties: spec.BasicProperties, body: bytes) -> None:

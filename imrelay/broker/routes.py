@@ -1,12 +1,12 @@
-"""Detours: what waits for one user until it is known that the user's inbox is there.
+"""Routes: what waits for one user until it is known that the user's inbox is there.
 
     asked --> there --> over                                the inbox is made sure of, and all goes on
       ^         |
       |         +-----> alone --> over                      quorum inboxes: the first message goes alone
       +---------------- returned                            an inbox that was there is gone: once more
 
-Order between one sender and one recipient is kept by this: what is to be published to a user with a detour waits
-in it, and a detour goes on only when the broker has answered for all that was under way to the user before.
+Order between one sender and one recipient is kept by this: what is to be published to a user with a route waits
+in it, and a route goes on only when the broker has answered for all that was under way to the user before.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import gevent
 
 from imrelay.broker.connection import Connection
 from imrelay.broker.inbox_opening import offer
-from imrelay.broker.known_inboxes import Way, Ways
+from imrelay.broker.known_inboxes import KnownInbox, KnownInboxes
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.publication import Publication
 from imrelay.broker.topology import Topology
 from imrelay.errors import AnswerableError, BrokerUnavailable, ChannelLost, InboxFull, RecipientUnknown
 
-__all__ = ["Detour", "Detours"]
+__all__ = ["Route", "Routes"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ _LONGEST_PAUSE = 5.0
 _OFFERS = 6
 
 
-class Detour:
+class Route:
     """Messages to one user that wait until the user's inbox was made sure of."""
 
     __slots__ = (
@@ -46,20 +46,20 @@ class Detour:
         "asked",
         "failures",
         "in_flight",
+        "inbox",
         "is_asked",
         "is_there",
         "returned",
         "user",
         "waiting",
-        "way",
     )
 
-    def __init__(self, user: str, in_flight: int, way: Way | None) -> None:
+    def __init__(self, user: str, in_flight: int, inbox: KnownInbox | None) -> None:
         self.user = user
-        #: Messages under way to the user, of those before the detour or the one that goes alone.
+        #: Messages under way to the user, of those before the route or the one that goes alone.
         self.in_flight = in_flight
         #: What was known of the inbox before, and then what is.
-        self.way = way
+        self.inbox = inbox
         #: Whether the inbox is being asked for, and how many messages waited then.
         self.is_asked = False
         self.asked = 0
@@ -71,13 +71,13 @@ class Detour:
         self.failures = 0
 
 
-class Detours:
-    """The detours of one channel. What is called from the hub or the publisher's greenlet does not block.
+class Routes:
+    """The routes of one channel. What is called from the event loop or the publisher's greenlet does not block.
 
-    `ways` holds what is known of inboxes on this channel; `ask` has one made sure of, `requeue` has messages
+    `known` holds the inboxes that are known on this channel; `ask` has one made sure of, `requeue` has messages
     published before all others, and `renew` is to open another channel. `elsewhere` is given where users without
-    an inbox may be at another kind of server, and returns a way on which a message is tried: one that comes back
-    says that they are not.
+    an inbox may be at another kind of server, and returns what a message is tried with: one that comes back says
+    that they are not.
     """
 
     def __init__(
@@ -85,21 +85,21 @@ class Detours:
         ledger: Ledger,
         connection: Connection,
         topology: Topology,
-        ways: Ways,
+        known: KnownInboxes,
         *,
         persistent: bool,
-        ask: Callable[[Detour], None],
+        ask: Callable[[Route], None],
         requeue: Callable[[Sequence[Publication]], None],
         renew: Callable[[], None],
-        elsewhere: Callable[[], Way] | None = None,
+        elsewhere: Callable[[], KnownInbox] | None = None,
     ) -> None:
-        #: The detours by user.
-        self.by_user: dict[str, Detour] = {}
+        #: The routes by user.
+        self.by_user: dict[str, Route] = {}
         self._ledger = ledger
         self._connection = connection
         self._topology = topology
         self._persistent = persistent
-        self._ways = ways
+        self._known = known
         self._ask = ask
         self._requeue = requeue
         self._renew = renew
@@ -111,130 +111,130 @@ class Detours:
 
     def begin(self, publication: Publication, in_flight: int) -> None:
         """Have a message wait until its user's inbox was made sure of; so many are under way to the user."""
-        detour = Detour(publication.user, in_flight, self._ways.find(publication.user))
-        detour.waiting.append(publication)
-        self.by_user[publication.user] = detour
-        self._make_sure(detour)  # while what is under way is answered
+        route = Route(publication.user, in_flight, self._known.find(publication.user))
+        route.waiting.append(publication)
+        self.by_user[publication.user] = route
+        self._make_sure(route)  # while what is under way is answered
 
     def note_returned(self, publication: Publication, in_flight: int) -> None:
         """A message came back (`basic.return`), of so many that are under way to the user; its confirm follows."""
         user = publication.user
         if user not in self.by_user:
-            self.by_user[user] = Detour(user, in_flight, self._ways.find(user))
-        self._ways.forget(user)
+            self.by_user[user] = Route(user, in_flight, self._known.find(user))
+        self._known.forget(user)
 
     def settle(self, publication: Publication, accepted: bool) -> None:
         """The broker has answered for a message (`basic.ack`, `basic.nack`), or it will never be published."""
-        detour = self.by_user.get(publication.user)
-        if detour is not None:
-            detour.in_flight -= 1
-            if detour.alone is publication and not accepted:
-                gevent.spawn(self._run_offers, publication, detour).name = f"offers:{publication.user}"
+        route = self.by_user.get(publication.user)
+        if route is not None:
+            route.in_flight -= 1
+            if route.alone is publication and not accepted:
+                gevent.spawn(self._run_offers, publication, route).name = f"offers:{publication.user}"
                 return
             if publication.returned:
-                detour.returned.append(publication)
+                route.returned.append(publication)
         if not accepted:
             self._refuse(publication)
         elif not publication.returned:
             self._ledger.answer(publication, None)
-        if detour is not None:
-            self._advance(detour)
+        if route is not None:
+            self._advance(route)
 
     def skip(self, publication: Publication) -> None:
         """A message was answered before its turn came: if it was to go alone, another one is."""
-        detour = self.by_user.get(publication.user)
-        if detour is not None and detour.alone is publication:
-            detour.in_flight -= 1
-            detour.alone = None
-            self._advance(detour)
+        route = self.by_user.get(publication.user)
+        if route is not None and route.alone is publication:
+            route.in_flight -= 1
+            route.alone = None
+            self._advance(route)
 
-    def checked(self, detour: Detour, outcome: Way | BaseException | None) -> None:
+    def checked(self, route: Route, outcome: KnownInbox | BaseException | None) -> None:
         """The inbox of a user was made sure of, or is not there, or nobody knows."""
-        if self.by_user.get(detour.user) is not detour:
+        if self.by_user.get(route.user) is not route:
             return
-        detour.is_asked = False
+        route.is_asked = False
         if isinstance(outcome, BaseException):
-            self._make_sure_later(detour)
+            self._make_sure_later(route)
             return
         if outcome is None:
-            asked = [detour.waiting.popleft() for _ in range(min(detour.asked, len(detour.waiting)))]
+            asked = [route.waiting.popleft() for _ in range(min(route.asked, len(route.waiting)))]
             tried = [one for one in asked if not one.returns] if self._elsewhere is not None else []
             for publication in asked:
                 if publication not in tried:
                     self._answer(publication, RecipientUnknown("nobody with this id was ever here"))
-            detour.waiting.extendleft(reversed(tried))
+            route.waiting.extendleft(reversed(tried))
             if tried and self._elsewhere is not None:
                 outcome = self._elsewhere()
-        detour.is_there = outcome is not None
+        route.is_there = outcome is not None
         if outcome is not None:
-            detour.way = outcome
-        self._advance(detour)
+            route.inbox = outcome
+        self._advance(route)
 
     def prune(self) -> None:
         """Keep nothing of what was answered meanwhile."""
-        for detour in self.by_user.values():
-            before = len(detour.waiting)
+        for route in self.by_user.values():
+            before = len(route.waiting)
             # what had been asked for stands at the front
-            gone = sum(publication.done for publication in list(detour.waiting)[: detour.asked])
-            detour.asked = max(0, detour.asked - gone)
+            gone = sum(publication.done for publication in list(route.waiting)[: route.asked])
+            route.asked = max(0, route.asked - gone)
             if before:
-                detour.waiting = deque(publication for publication in detour.waiting if not publication.done)
+                route.waiting = deque(publication for publication in route.waiting if not publication.done)
 
-    def _advance(self, detour: Detour) -> None:
+    def _advance(self, route: Route) -> None:
         """Take the next step, when all that was under way to the user has been answered."""
-        if detour.in_flight or detour.is_asked:
+        if route.in_flight or route.is_asked:
             return
-        if detour.returned:
-            self._take_back(detour)
+        if route.returned:
+            self._take_back(route)
             return
-        while detour.waiting and detour.waiting[0].done:
-            detour.waiting.popleft()
-        if not detour.is_there:
-            if detour.waiting:
-                self._make_sure(detour)
+        while route.waiting and route.waiting[0].done:
+            route.waiting.popleft()
+        if not route.is_there:
+            if route.waiting:
+                self._make_sure(route)
             else:
-                del self.by_user[detour.user]
+                del self.by_user[route.user]
             return
-        assert detour.way is not None
-        is_met = detour.alone is not None or self._ways.find(detour.user) is not None
-        if self._topology.is_replicated and not is_met and detour.waiting:
-            detour.alone = detour.waiting.popleft()
-            detour.in_flight = 1
-            self._requeue([detour.alone])
+        assert route.inbox is not None
+        is_met = route.alone is not None or self._known.find(route.user) is not None
+        if self._topology.is_replicated and not is_met and route.waiting:
+            route.alone = route.waiting.popleft()
+            route.in_flight = 1
+            self._requeue([route.alone])
             return
-        del self.by_user[detour.user]
-        self._ways.remember(detour.user, detour.way)
-        self._requeue(detour.waiting)
+        del self.by_user[route.user]
+        self._known.remember(route.user, route.inbox)
+        self._requeue(route.waiting)
 
-    def _take_back(self, detour: Detour) -> None:
+    def _take_back(self, route: Route) -> None:
         """Put what came back before what waits, and make sure of the inbox once more: not in a tight loop."""
-        returned = [publication for publication in detour.returned if not publication.done]
+        returned = [publication for publication in route.returned if not publication.done]
         for publication in returned:
             publication.returned = False
         again = max((publication.returns for publication in returned), default=0) > 1
-        detour.returned = []
-        detour.alone = None
-        detour.is_there = False
-        detour.waiting.extendleft(reversed(returned))
+        route.returned = []
+        route.alone = None
+        route.is_there = False
+        route.waiting.extendleft(reversed(returned))
         if again:
-            self._make_sure_later(detour)
+            self._make_sure_later(route)
         else:
-            self._advance(detour)
+            self._advance(route)
 
-    def _make_sure(self, detour: Detour) -> None:
-        detour.is_asked = True
-        self._ask(detour)
+    def _make_sure(self, route: Route) -> None:
+        route.is_asked = True
+        self._ask(route)
 
-    def _make_sure_later(self, detour: Detour) -> None:
-        detour.is_asked = True
-        pause = min(_PAUSE * 2**detour.failures, _LONGEST_PAUSE)
-        detour.failures = min(detour.failures + 1, 10)
-        gevent.spawn_later(pause, self._run_again, detour).name = f"again:{detour.user}"
+    def _make_sure_later(self, route: Route) -> None:
+        route.is_asked = True
+        pause = min(_PAUSE * 2**route.failures, _LONGEST_PAUSE)
+        route.failures = min(route.failures + 1, 10)
+        gevent.spawn_later(pause, self._run_again, route).name = f"again:{route.user}"
 
-    def _run_again(self, detour: Detour) -> None:
-        if self.by_user.get(detour.user) is detour:
-            detour.is_asked = False
-            self._advance(detour)
+    def _run_again(self, route: Route) -> None:
+        if self.by_user.get(route.user) is route:
+            route.is_asked = False
+            self._advance(route)
 
     def _refuse(self, publication: Publication) -> None:
         sentence = "the recipient's inbox is full: this message is not kept and will not be delivered later"
@@ -248,7 +248,7 @@ class Detours:
             refusal = BrokerUnavailable(f"{why}: it may have arrived the first time", uncertain=True)
         self._ledger.answer(publication, refusal)
 
-    def _run_offers(self, publication: Publication, detour: Detour) -> None:
+    def _run_offers(self, publication: Publication, route: Route) -> None:
         """Find out whether an inbox that has refused a message is full, or had no leader at that moment.
 
         RabbitMQ goes on to refuse what comes over a channel whose first message found a quorum queue without a
@@ -257,7 +257,7 @@ class Detours:
         accepted = False
         for _ in range(_OFFERS):
             gevent.sleep(_PAUSE)
-            if self.by_user.get(publication.user) is not detour or publication.done:
+            if self.by_user.get(publication.user) is not route or publication.done:
                 break
             left = publication.deadline - time.monotonic()
             answer: bool | None = None
@@ -267,7 +267,7 @@ class Detours:
                 )
             except ChannelLost as exc:
                 logger.debug("message %s could not be offered again: %s", publication.mid, exc)
-            except Exception:  # the detour has to end, or the user would never be reached again
+            except Exception:  # the route has to end, or the user would never be reached again
                 logger.exception("message %s could not be offered again", publication.mid)
             if answer is None:
                 publication.is_doubtful = True
@@ -276,10 +276,10 @@ class Detours:
                 break
         if accepted:
             self._ledger.answer(publication, None)
-        if self.by_user.get(publication.user) is not detour:  # the channel was lost, and all is queued again
+        if self.by_user.get(publication.user) is not route:  # the channel was lost, and all is queued again
             return
         if accepted:
             self._renew()
         else:
             self._refuse(publication)
-            self._advance(detour)
+            self._advance(route)

@@ -245,7 +245,7 @@ class Subscription:
         return True
 
     def on_delivery(self, delivery: Delivery) -> None:
-        """Take a delivery, in the hub."""
+        """Take a delivery, in the event loop."""
         channel = self._channel
         if channel is None:
             return
@@ -258,7 +258,7 @@ class Subscription:
             self._sort(channel, delivery)
 
     def _sort(self, channel: Channel, delivery: Delivery) -> None:
-        """Deliver, set aside or refuse a delivery, in the hub."""
+        """Deliver, set aside or refuse a delivery, in the event loop."""
         if self._mailbox.is_closed:  # what it holds is still being written; then the consumer is closed too
             return
         if self._first is not None:

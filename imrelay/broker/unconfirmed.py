@@ -1,13 +1,13 @@
-"""What is under way: the messages that were handed over on one channel and not confirmed, by delivery tag."""
+"""The messages that were handed over on one channel and are not confirmed yet, by delivery tag."""
 
 from __future__ import annotations
 
 from imrelay.broker.publication import Publication
 
-__all__ = ["UnderWay"]
+__all__ = ["Unconfirmed"]
 
 
-class UnderWay:
+class Unconfirmed:
     """The unconfirmed messages of one channel, in the order of their tags; also what was answered meanwhile."""
 
     __slots__ = ("_last_tag", "by_tag")
@@ -36,7 +36,7 @@ class UnderWay:
         return tag
 
     def take(self, tag: int, multiple: bool) -> list[Publication]:
-        """Return what one confirm is for, which is not under way any more; costs as much as that."""
+        """Return what one confirm is for, which is no longer here; costs as much as that."""
         by_tag = self.by_tag
         if not multiple:
             publication = by_tag.pop(tag, None)
@@ -66,5 +66,5 @@ class UnderWay:
         return sum(publication.done for publication in self.by_tag.values())
 
     def count(self, user: str) -> int:
-        """Return how many messages to a user are under way."""
+        """Return how many messages to a user are not confirmed."""
         return sum(publication.user == user for publication in self.by_tag.values())

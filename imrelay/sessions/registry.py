@@ -11,7 +11,7 @@ from gevent.event import Event
 
 from imrelay.runtime.loops import run_for_ever
 
-__all__ = ["Hub", "Member"]
+__all__ = ["Member", "Registry"]
 
 #: Close code of a session whose browser has come back on another connection.
 RESUMED = 4409
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Member(Protocol):
-    """What the hub needs of a session."""
+    """What the registry needs of a session."""
 
     user: str
     #: The name by which a session may be resumed; empty where it may not.
@@ -41,7 +41,7 @@ class Member(Protocol):
         """Look whether the session has to end; called every `SWEEP_INTERVAL`."""
 
 
-class Hub:
+class Registry:
     """Counts the sessions from their handshake on, and closes them all when the relay stops."""
 
     def __init__(self, max_connections: int) -> None:

@@ -27,13 +27,13 @@ from imrelay.errors import AnswerableError, BrokerUnavailable, InboxFull
 from imrelay.messages.message_ids import MessageIds
 from imrelay.messages.outgoing import ack_frame, error_frame, to_node
 from imrelay.messages.submission import ClientAck, ClientPing, Submission, parse
-from imrelay.sessions.registry import Hub
+from imrelay.sessions.registry import Registry
 from imrelay.sessions.resends import Resends
 from imrelay.sessions.subprotocols import V1, Frame, Plain, choose
 from imrelay.settings.values import WebSocketConfig
 from imrelay.websocket import ConnectionClosed, WebSocket
 
-__all__ = ["Services", "Session", "State"]
+__all__ = ["Services", "Session", "SessionState"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ _CHUNK = 65_536
 _DETACH_TIMEOUT = 2.0
 
 
-class State(enum.Enum):
+class SessionState(enum.Enum):
     """Where the life of a session stands."""
 
     CONNECTING = "connecting"
@@ -60,7 +60,7 @@ class State(enum.Enum):
 class Services:
     """What all sessions of a process share."""
 
-    hub: Hub
+    registry: Registry
     consumers: ConsumerPool
     publisher: Publisher
     mids: MessageIds
@@ -103,11 +103,11 @@ class Session:
     )
 
     def __init__(self, user: str, services: Services) -> None:
-        """Join the hub; the socket is not upgraded yet."""
+        """Join the registry; the socket is not upgraded yet."""
         self.user = user
         #: What the welcome of `imrelay.v1` names; empty for a plain client.
         self.id = ""
-        self.state = State.CONNECTING
+        self.state = SessionState.CONNECTING
         self._services = services
         self._websocket: WebSocket | None = None
         #: Frames that were read and not yet answered.
@@ -124,7 +124,7 @@ class Session:
         self._mailbox = Mailbox(services.limits.max_send_buffer)
         self._consumer: Consumer = services.consumers.prepare(user, self._mailbox)
         self._protocol = self._choose(None)
-        services.hub.join(self)
+        services.registry.join(self)
 
     def consume(self) -> None:
         """Begin to consume; returns at once, and does nothing once it was closed."""
@@ -137,7 +137,7 @@ class Session:
     def run(self, websocket: WebSocket) -> None:
         """Carry messages until the socket ends. Called in the greenlet of the WSGI request."""
         self._websocket = websocket
-        if self.state is not State.CONNECTING:  # closed during the handshake: the relay is stopping
+        if self.state is not SessionState.CONNECTING:  # closed during the handshake: the relay is stopping
             websocket.close(1012, "the relay is stopping")
             return
         try:
@@ -163,8 +163,8 @@ class Session:
         self._protocol = self._choose(websocket.subprotocol)
         if isinstance(self._protocol, V1):
             self.id, _ = self._services.mids.next()
-            self._services.hub.register(self)
-        self._set_state(State.OPEN)
+            self._services.registry.register(self)
+        self._set_state(SessionState.OPEN)
         self._log.info("open, protocol %s", websocket.subprotocol or "none")
         self._greet(websocket)
         websocket.on_message = self._receive  # in the event loop
@@ -179,13 +179,13 @@ class Session:
             websocket.send_messages([(welcome, False)])
 
     def _leave(self, websocket: WebSocket) -> None:
-        """See the session to its end: its socket, its place in the hub, its channel."""
-        hub = self._services.hub
+        """See the session to its end: its socket, its place in the registry, its channel."""
+        registry = self._services.registry
         try:
-            # The hub counts it until the browser has answered the close frame. A process that ended before could
+            # It is counted until the browser has answered the close frame. A process that ended before could
             # take back what the kernel still holds for it: with unread input, its sockets end with a reset.
             websocket.close()
-            self._set_state(State.CLOSED)
+            self._set_state(SessionState.CLOSED)
             self._log.info(
                 "closed with %s %s after %.1f s, %d received, %d sent",
                 websocket.close_code,
@@ -195,13 +195,13 @@ class Session:
                 self._sent,
             )
         finally:
-            hub.leave(self)
+            registry.leave(self)
             if self.id:
                 # A browser that comes back now finds it until the broker has back what was not acknowledged.
                 try:
                     self._consumer.wait_detached(_DETACH_TIMEOUT)
                 finally:
-                    hub.forget(self)
+                    registry.forget(self)
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """End the session; returns at once, and does nothing the second time.
@@ -209,14 +209,14 @@ class Session:
         The socket first, so that nothing more is taken; then the consumer, which gives the broker back what was
         not; then the mailbox, which ends the greenlet. May be called in the event loop.
         """
-        if self.state in (State.CLOSING, State.CLOSED):
+        if self.state in (SessionState.CLOSING, SessionState.CLOSED):
             return
-        self._set_state(State.CLOSING)
+        self._set_state(SessionState.CLOSING)
         try:
             if self._websocket is not None:
                 self._websocket.close(code, reason, wait=False)
             else:
-                self._services.hub.leave(self)
+                self._services.registry.leave(self)
         finally:
             try:
                 self._consumer.close()
@@ -232,14 +232,14 @@ class Session:
 
     def finish(self, code: int, reason: str) -> None:
         """End the session when what is under way to it has been written; returns at once."""
-        if self.state is State.OPEN:
+        if self.state is SessionState.OPEN:
             self._ending = (code, reason)
             self._mailbox.close()
         else:
             self.close(code, reason)
 
     def check(self) -> None:
-        """End the session if its browser acknowledges nothing any more; called by the hub's sweeper."""
+        """End the session if its browser acknowledges nothing any more; called by the registry's sweeper."""
         if self._protocol.is_overdue(self._services.limits.ack_timeout):
             self._log.warning("a message stayed unacknowledged over ack_timeout")
             self.close(4408, "messages stayed unacknowledged over ack_timeout")
@@ -258,7 +258,7 @@ class Session:
         """Made when it is needed, which is twice in a session's life."""
         return _Log(logger, {"user": self.user})
 
-    def _set_state(self, state: State) -> None:
+    def _set_state(self, state: SessionState) -> None:
         logger.debug("session of %s: %s -> %s", ascii(self.user), self.state.value, state.value)
         self.state = state
 
@@ -266,7 +266,7 @@ class Session:
 
     def _receive(self, payload: bytes, binary: bool) -> None:
         """Check what the browser sent, and queue it for the publisher. Does not block."""
-        if self.state is not State.OPEN:
+        if self.state is not SessionState.OPEN:
             return
         self._received += 1
         self._unanswered += 1
@@ -324,7 +324,7 @@ class Session:
 
         It keeps its message id where its sender was told that it may have arrived and sends the same bytes again.
         """
-        if self._services.hub.is_draining:
+        if self._services.registry.is_draining:
             raise BrokerUnavailable("the relay is stopping; this message was not accepted", submission.message_id)
         body = to_node(submission.body, submission.binary) if self._services.node_envelope else submission.body
         again = None

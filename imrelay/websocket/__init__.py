@@ -34,10 +34,11 @@ socket, and its request is over before that runs (`upgrade` has the rules and th
 `Listener` is pywsgi's `WSGIServer` and may be exchanged for it. That one waits for TLS handshakes without a
 deadline, each in a greenlet of its own, unless it is given `do_handshake_on_connect=False`.
 
-From the socket upwards: `wire` is the TCP connection with its `outbox`; `frames`, `parser` and `deflate` stand
-between bytes and messages; `conversation` is what goes on in the event loop, `connection` what an application has
-of it; `sweeper` keeps the deadlines of all sockets, `turns` their order. How it begins: `head`, `body`,
-`answers`, `ending`, `admission`, `listener`, `request_handler` for HTTP, then `handshake`, `upgrade`, `handler`.
+From the socket upwards: `transport` is the TCP connection with its `outbox`; `frames`, `parser` and `deflate`
+stand between bytes and messages; `conversation` is what goes on in the event loop, `websocket` what an application
+has of it; `sweeper` keeps the deadlines of all sockets, `fairness` their order. How it begins: `head`, `body`,
+`responses`, `ending`, `http_connections`, `listener`, `request_handler` for HTTP, then `handshake`, `upgrade`,
+`handler`.
 """
 
 from imrelay.websocket.exceptions import ConcurrentReceive, ConnectionClosed, FrameError, WebSocketError

@@ -29,9 +29,9 @@ from imrelay.websocket.frames import BINARY, CLOSE, PING, PONG, encode_close, en
 from imrelay.websocket.outbox import Write
 from imrelay.websocket.parser import FrameParser
 from imrelay.websocket.sweeper import sweeper_of
-from imrelay.websocket.transport import Limits, Wire, resume
+from imrelay.websocket.transport import Limits, Transport, resume
 
-__all__ = ["Conversation", "OnMessage", "State"]
+__all__ = ["Conversation", "OnMessage", "SocketState"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _NEVER = float("inf")
 OnMessage = Callable[[bytes, bool], None]
 
 
-class State(enum.Enum):
+class SocketState(enum.Enum):
     """Where a socket is between the upgrade and the end of its TCP connection."""
 
     OPEN = "open"
@@ -59,10 +59,15 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-_OPEN, _CLOSING, _LINGERING, _CLOSED = State.OPEN, State.CLOSING, State.LINGERING, State.CLOSED
+_OPEN, _CLOSING, _LINGERING, _CLOSED = (
+    SocketState.OPEN,
+    SocketState.CLOSING,
+    SocketState.LINGERING,
+    SocketState.CLOSED,
+)
 
 
-class Conversation(Wire):
+class Conversation(Transport):
     """What goes on without the application. Nothing here blocks.
 
     All that changes stands in this one object: there is one for each socket, and a second one would take memory.
@@ -330,7 +335,7 @@ class Conversation(Wire):
             code, reason, frame = ending
             self._end(code, reason, frame, _LINGERING)
 
-    def _end(self, code: int, reason: str, frame: bytes, state: State) -> None:
+    def _end(self, code: int, reason: str, frame: bytes, state: SocketState) -> None:
         """Leave OPEN with our last frame."""
         self.close_code, self.close_reason = code, reason
         self._enter(state)
@@ -399,7 +404,7 @@ class Conversation(Wire):
         sweeper_of(self._hub).discard(self)
         self._release(reset=reset)
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: SocketState) -> None:
         """Change the state, and wake who waits for that."""
         if state is self._state:
             return

@@ -1,4 +1,4 @@
-"""What the WebSocket wing raises.
+"""What the WebSocket layer raises.
 
 ImrelayError
 └── WebSocketError
@@ -15,7 +15,7 @@ __all__ = ["ConcurrentReceive", "ConnectionClosed", "FrameError", "WebSocketErro
 
 
 class WebSocketError(ImrelayError):
-    """The base of the wing's errors."""
+    """The base of the layer's errors."""
 
 
 class ConnectionClosed(WebSocketError):

@@ -1,4 +1,4 @@
-"""The TCP (or TLS) connection under a WebSocket: two watchers of the hub, and the one place that writes.
+"""The TCP (or TLS) connection under a WebSocket: two watchers of the event loop, and the one place that writes.
 
 Nothing here blocks. Whoever sends, the bytes go to the kernel at once while it takes them; what it does not
 take waits in the outbox, and the write watcher is then the only one that sends. Frames are given whole, by one
@@ -22,11 +22,11 @@ from gevent.hub import Hub
 from imrelay.websocket.fairness import turns_of
 from imrelay.websocket.outbox import MAX_WRITE, Outbox, Write
 
-__all__ = ["READ_SIZE", "WOULD_BLOCK", "Limits", "Wire", "resume"]
+__all__ = ["READ_SIZE", "WOULD_BLOCK", "Limits", "Transport", "resume"]
 
 logger = logging.getLogger(__name__)
 
-#: Bytes read in one turn of the hub at most; peers that flood get one such turn after the other.
+#: Bytes read in one turn of the event loop at most; peers that flood get one such turn after the other.
 READ_SIZE = 65_536
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -45,15 +45,15 @@ class Limits(Protocol):
 
 
 def resume(waiting: Any, hub: Hub) -> None:
-    """Switch into a greenlet that waits in the hub; called in the hub."""
+    """Switch into a greenlet that waits in the event loop; called in the event loop."""
     try:
         waiting.switch()
     except BaseException:  # of a raw greenlet that died: its own affair, as gevent treats it
         hub.handle_error(waiting, *sys.exc_info())
 
 
-class Wire(ABC):
-    """Reads and writes one socket in the hub. `due` is the next deadline, see `sweeper`."""
+class Transport(ABC):
+    """Reads and writes one socket in the event loop. `due` is the next deadline, see `sweeper`."""
 
     __slots__ = (
         "_hub",
@@ -87,7 +87,7 @@ class Wire(ABC):
         self._reading = False
         self.due = float("inf")
 
-    # -- what a subclass does with it, in the hub -------------------------------------------------------------
+    # -- what a subclass does with it, in the event loop ---------------------------------------------------------
 
     @abstractmethod
     def _on_bytes(self, data: bytes) -> None:

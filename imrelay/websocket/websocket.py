@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from gevent import getcurrent
 
-from imrelay.websocket.conversation import Conversation, OnMessage, State
+from imrelay.websocket.conversation import Conversation, OnMessage, SocketState
 from imrelay.websocket.exceptions import ConcurrentReceive, ConnectionClosed
 from imrelay.websocket.frames import (
     BINARY,
@@ -24,7 +24,7 @@ __all__ = ["WebSocket"]
 #: Bytes of a long text that are decoded at once: Python reserves several times that meanwhile.
 _DECODE_SIZE = 65_536
 
-_OPEN, _CLOSING, _CLOSED = State.OPEN, State.CLOSING, State.CLOSED
+_OPEN, _CLOSING, _CLOSED = SocketState.OPEN, SocketState.CLOSING, SocketState.CLOSED
 
 
 class WebSocket(Conversation):

@@ -194,7 +194,7 @@ BREAKAGES: tuple[Breakage, ...] = (
         "        items = items[::-1] if len(items) == 2 else items\n",
     ),
     Breakage(
-        "order-after-detour",
+        "order-after-route",
         _PUBLISHER,
         "        self._queue.extendleft(reversed(publications))\n",
         "        self._queue.extendleft(publications)\n",
@@ -206,8 +206,8 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage(
         "acked-unconfirmed",
         _PUBLISHER,
-        "            tag = under_way.add(publication)\n",
-        "            tag = under_way.add(publication)\n            self._ledger.answer(publication, None)\n",
+        "            tag = unconfirmed.add(publication)\n",
+        "            tag = unconfirmed.add(publication)\n            self._ledger.answer(publication, None)\n",
     ),
     Breakage(
         "confirm-dropped",
@@ -272,7 +272,7 @@ BREAKAGES: tuple[Breakage, ...] = (
         "encode(publication.mid, publication.binary, publication.body)",
         "encode(publication.mid, False, publication.body)",
     ),
-    Breakage("closed-with-another-code", _SERVER, "self._hub.drain(1012", "self._hub.drain(1001"),
+    Breakage("closed-with-another-code", _SERVER, '            1012, "the relay', '            1001, "the relay'),
 )
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from tests.harness import eventually
 from tests.model.broker import Outside
+from tests.model.client import Client, split_v1
 from tests.model.fleet import Fleet, ModelRelay, Profile
 from tests.model.history import History, Message, Session, Violation
-from tests.model.wire import Wire, split_v1
 
 __all__ = ["Driver", "Tab"]
 
@@ -30,7 +30,7 @@ class Tab:
     """A browser's socket and what is known of its session."""
 
     session: Session
-    wire: Wire
+    client: Client
     #: The session's own name for itself (`welcome`).
     token: str = ""
     #: Its browser does not read at the moment.
@@ -62,7 +62,7 @@ class Driver:
         #: Half-open ones.
         self.abandoned: list[Tab] = []
         #: Connections whose browsers have not noticed that a relay has ended them.
-        self._ghosts: list[Wire] = []
+        self._ghosts: list[Client] = []
         self.story: list[str] = []
         #: Relays that are paused or have no link at the moment, and those whose link only is held up.
         self._troubled: set[str] = set()
@@ -123,8 +123,8 @@ class Driver:
         with selectors.DefaultSelector() as selector:
             for tab in self.tabs:
                 if not tab.is_slow:
-                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if tab.wire.wants_to_write else 0)
-                    selector.register(tab.wire.sock, events, tab)
+                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if tab.client.wants_to_write else 0)
+                    selector.register(tab.client.sock, events, tab)
             ready = [key.data for key, _ in selector.select(timeout)]
         for tab in ready:
             self._read(tab)
@@ -136,16 +136,16 @@ class Driver:
                         self._ack(tab, len(tab.session.arrivals))
 
     def _read(self, tab: Tab) -> None:
-        for payload, binary in tab.wire.pump():
+        for payload, binary in tab.client.pump():
             self._receive(tab, payload, binary)
-        if tab.wire.is_over:
+        if tab.client.is_over:
             self._note_end(tab)
 
     def _note_end(self, tab: Tab) -> None:
-        wire = tab.wire
-        self._end(tab, lossy=wire.was_reset and wire.close_code is None)
+        client = tab.client
+        self._end(tab, lossy=client.was_reset and client.close_code is None)
         if not tab.is_ending:
-            raise Violation(f"{tab.session.name} was closed by the relay, code {wire.close_code}")
+            raise Violation(f"{tab.session.name} was closed by the relay, code {client.close_code}")
 
     def _receive(self, tab: Tab, payload: bytes, binary: bool) -> None:
         session = tab.session
@@ -235,9 +235,9 @@ class Driver:
             self.tabs.remove(tab)
         if tab in self.abandoned:
             self.abandoned.remove(tab)
-        self.history.end(tab.session, lossy=lossy, room=_KERNEL + tab.wire.incomplete)
+        self.history.end(tab.session, lossy=lossy, room=_KERNEL + tab.client.incomplete)
 
     def _drop(self, tab: Tab) -> None:
         """Reset a half-open socket."""
-        tab.wire.reset()
+        tab.client.reset()
         self._end(tab, lossy=True)

@@ -10,10 +10,10 @@ from typing import Any
 from tests.brokers import frozen, kill_node, node_pid, start_application, stop_application
 from tests.harness import eventually
 from tests.model.broker import FOREIGN
+from tests.model.client import Client
 from tests.model.driver import Driver, Tab
 from tests.model.history import Message, Violation
 from tests.model.verdict import complaints
-from tests.model.wire import Wire
 
 __all__ = ["World"]
 
@@ -45,15 +45,15 @@ class World(Driver):
         protocols = ["imrelay.v1"] if v1 else []
         if resumed is not None:
             protocols.append(f"imrelay.resume.{resumed.token}")
-        wire = Wire(self.fleet.get(relay).port, user, protocols)
-        tab = Tab(self.history.open(user, relay, v1=v1), wire)
+        client = Client(self.fleet.get(relay).port, user, protocols)
+        tab = Tab(self.history.open(user, relay, v1=v1), client)
         self.tell(
             f"{tab.session.name} connects to {relay}" + (", v1" if v1 else "") + (", resumes" if resumed else "")
         )
         if resumed is not None:
             tab.session.resumes = resumed.session
             self._end(resumed, lossy=True)  # by the relay; its browser does not know
-            self._ghosts.append(resumed.wire)
+            self._ghosts.append(resumed.client)
         self.tabs.append(tab)
         self._read(tab)  # the welcome may have come with the answer to the handshake
         if v1:
@@ -88,7 +88,7 @@ class World(Driver):
                 body = b'{"from":{"id":"%s"},' % tab.session.user.encode() + payload[1:]
             messages.append(self.history.send(tab.session, to, body, binary=binary, id=fields.get("id")))
             self._payloads[messages[-1]] = payload
-            tab.wire.send(payload, binary=binary)
+            tab.client.send(payload, binary=binary)
         shape = "".join(
             word for flag, word in ((not ask, ", no id"), (binary, ", binary"), (large, ", large")) if flag
         )
@@ -110,14 +110,14 @@ class World(Driver):
                 self.calm(tab.session.relay)
                 self.history.send_again(message)
                 self.tell(f"{tab.session.name} sends {message.number} again")
-                tab.wire.send(self._payloads[message], binary=message.binary)
+                tab.client.send(self._payloads[message], binary=message.binary)
                 return
 
     def send_garbage(self, tab: Tab, kind: int) -> None:
         """Send what is no message."""
         tab.session.bad_inputs += 1
         self.tell(f"{tab.session.name} sends {_GARBAGE[kind].decode()}")
-        tab.wire.send(_GARBAGE[kind])
+        tab.client.send(_GARBAGE[kind])
 
     def publish(self, to: str, kind: str, count: int) -> None:
         """Publish as another program."""
@@ -173,14 +173,14 @@ class World(Driver):
         seq = max(tab.acked, int(len(tab.session.arrivals) * share))
         self.tell(f"{tab.session.name} acknowledges up to {seq}")
         self._ack(tab, seq)
-        self.wait(lambda: tab.pongs == tab.pings or tab.wire.is_over, f"a pong for {tab.session.name}")
+        self.wait(lambda: tab.pongs == tab.pings or tab.client.is_over, f"a pong for {tab.session.name}")
         self.history.ack(tab.session, seq)
 
     def _ack(self, tab: Tab, seq: int) -> None:
         tab.acked = seq
         tab.pings += 1
-        tab.wire.send(b'{"ack":%d}' % seq)
-        tab.wire.send(b'{"ping":%d}' % seq)
+        tab.client.send(b'{"ack":%d}' % seq)
+        tab.client.send(b'{"ping":%d}' % seq)
 
     def slow(self, tab: Tab) -> None:
         """Read no more, until something needs it."""
@@ -191,7 +191,7 @@ class World(Driver):
         """End a socket: `clean`, with a `reset`, or `abandon` it half-open."""
         self.tell(f"{tab.session.name} ends: {how}")
         if how == "reset":
-            tab.wire.reset()
+            tab.client.reset()
             self._end(tab, lossy=True)
         elif how == "abandon":
             self.tabs.remove(tab)
@@ -205,11 +205,11 @@ class World(Driver):
             self.wake(tab.session.relay)
             tab.is_slow, tab.is_ending = False, True
             tab.session.closing_at = self.history.tick()
-            tab.wire.close()
+            tab.client.close()
         self.wait(lambda: all(tab not in self.tabs for tab in tabs), "the end of the closing handshake")
         for tab in tabs:
-            if tab.wire.close_code != 1000:
-                raise Violation(f"{tab.session.name} closed with 1000 and was answered {tab.wire.close_code}")
+            if tab.client.close_code != 1000:
+                raise Violation(f"{tab.session.name} closed with 1000 and was answered {tab.client.close_code}")
 
     def stall(self, relay: str) -> None:
         """Hold up what the broker says to a relay."""
@@ -289,8 +289,8 @@ class World(Driver):
         if process.process.returncode:
             raise Violation(f"{relay} ended with status {process.process.returncode}")
         for tab in tabs:
-            if tab.wire.close_code != 1012:
-                raise Violation(f"{relay} stopped and closed {tab.session.name} with {tab.wire.close_code}")
+            if tab.client.close_code != 1012:
+                raise Violation(f"{relay} stopped and closed {tab.session.name} with {tab.client.close_code}")
         for message in accepted:
             if message.id is not None and len(message.answers) < message.attempts:
                 raise Violation(f"{relay} had read {message}, stopped, and did not answer it")
@@ -412,8 +412,8 @@ class World(Driver):
 
     def clean_up(self, *, is_broken: bool) -> None:
         """Leave nothing behind for the next example; no relay that has broken a promise, either."""
-        for wire in [*self._ghosts, *(tab.wire for tab in [*self.tabs, *self.abandoned])]:
-            wire.reset()
+        for client in [*self._ghosts, *(tab.client for tab in [*self.tabs, *self.abandoned])]:
+            client.reset()
         for name in self.profile.relays:
             if is_broken:
                 self.fleet.replace(name)

@@ -1,4 +1,4 @@
-"""The hub looks at every session, and ends every session, whatever one of them does."""
+"""The registry looks at every session, and ends every session, whatever one of them does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from gevent.event import Event
 
 from imrelay.sessions import registry
-from imrelay.sessions.registry import Hub
+from imrelay.sessions.registry import Registry
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0
@@ -18,7 +18,7 @@ PATIENCE = 20.0
 class Member:
     """A session that fails where the test says so."""
 
-    def __init__(self, owner: Hub, *, fails: str = "") -> None:
+    def __init__(self, owner: Registry, *, fails: str = "") -> None:
         self._owner = owner
         self._fails = fails
         self.checked = Event()
@@ -48,16 +48,16 @@ class Member:
 
 
 @pytest.fixture
-def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that looks at its members all the time."""
+def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    """A registry that looks at its members all the time."""
     monkeypatch.setattr(registry, "SWEEP_INTERVAL", 0.001)
-    made = Hub(10)
+    made = Registry(10)
     with gevent.Timeout(PATIENCE):
         yield made
     made.stop()
 
 
-def test_a_session_that_cannot_be_checked_does_not_keep_the_others_from_it(owner: Hub) -> None:
+def test_a_session_that_cannot_be_checked_does_not_keep_the_others_from_it(owner: Registry) -> None:
     """It is closed with 1011 and not looked at again; the others are looked at, round after round."""
     good = [Member(owner) for _ in range(4)]
     bad, worse = Member(owner, fails="check"), Member(owner, fails="check close")
@@ -72,7 +72,7 @@ def test_a_session_that_cannot_be_checked_does_not_keep_the_others_from_it(owner
     assert len(owner) == 5, "the one that cannot be closed still counts"
 
 
-def test_the_sweeper_outlives_a_fault_of_a_round(owner: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sweeper_outlives_a_fault_of_a_round(owner: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round that fails as a whole is logged, and the next rounds come."""
     failed = Event()
 
@@ -91,7 +91,7 @@ def test_the_sweeper_outlives_a_fault_of_a_round(owner: Hub, monkeypatch: pytest
     assert member.checked.wait(PATIENCE)
 
 
-def test_a_session_that_cannot_be_finished_does_not_keep_the_others_from_it(owner: Hub) -> None:
+def test_a_session_that_cannot_be_finished_does_not_keep_the_others_from_it(owner: Registry) -> None:
     """At the stop each of the others is ended; the faulty one is closed after the time."""
     bad, worse = Member(owner, fails="finish"), Member(owner, fails="finish close")
     good = [Member(owner) for _ in range(4)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from tests.websocket_peer import BINARY, CLOSE, PING, PONG, TEXT, close_frame, frame, handshake
 
-__all__ = ["Refused", "Wire", "split_v1"]
+__all__ = ["Client", "Refused", "split_v1"]
 
 #: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 30.0
@@ -30,7 +30,7 @@ class Refused(AssertionError):
     """The handshake was not answered with 101."""
 
 
-class Wire:
+class Client:
     """One WebSocket to a relay; `pump` takes in what has come, as (payload, is binary)."""
 
     def __init__(self, port: int, user: str, protocols: Sequence[str] = ()) -> None:
