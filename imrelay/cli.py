@@ -9,8 +9,10 @@ monkey.patch_all()
 import argparse
 import logging
 import os
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -25,6 +27,7 @@ from imrelay.runtime import log
 from imrelay.runtime.log_stream import LogStream
 from imrelay.server import Server, inbox_keeper
 from imrelay.settings.reading import CONFIG_VARIABLE, Setting, find_file, load, settings
+from imrelay.settings.table import settings_table
 from imrelay.settings.values import Config
 
 __all__ = ["main"]
@@ -36,6 +39,11 @@ _EXIT_USAGE, _EXIT_FAILED = 2, 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds for what the log has to write, where the process is ended at once.
 _LAST_WORDS = 0.5
+#: What `imrelay check-config --help` says about its table.
+_NAMES = (
+    "The table has all settings, by the section of the file that each may stand in. [server] http_timeout is also "
+    "the variable IMRELAY_SERVER_HTTP_TIMEOUT and the option --server-http-timeout; the later of these three wins."
+)
 
 
 class _Service(Protocol):
@@ -94,14 +102,28 @@ def _parser() -> argparse.ArgumentParser:
             metavar="FILE",
             help=f"settings file (default: ${CONFIG_VARIABLE}, or config.ini here if there is one)",
         )
-        groups = {}
-        for row in settings():
-            if row.section not in groups:
-                groups[row.section] = command.add_argument_group(f"[{row.section}]")
-            groups[row.section].add_argument(
-                row.option, dest=f"{row.section}.{row.key}", metavar=_metavar(row), help=_help(row)
-            )
+        _add_settings(command, as_table=name == "check-config")
     return parser
+
+
+def _add_settings(command: argparse.ArgumentParser, *, as_table: bool) -> None:
+    """Give a command an option for each setting; its `--help` lists the options, or has the table of settings."""
+    if as_table:
+        width = shutil.get_terminal_size().columns
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+        command.usage = "imrelay check-config [-h] [--config FILE] [--SECTION-SETTING VALUE ...]"
+        command.description = textwrap.fill(f"{command.description} {_NAMES}", width)
+        command.epilog = settings_table(width)
+    groups = {}
+    for row in settings():
+        if row.section not in groups:
+            groups[row.section] = command.add_argument_group(f"[{row.section}]")
+        groups[row.section].add_argument(
+            row.option,
+            dest=f"{row.section}.{row.key}",
+            metavar=_metavar(row),
+            help=argparse.SUPPRESS if as_table else _help(row),
+        )
 
 
 def _metavar(row: Setting) -> str:

@@ -429,6 +429,46 @@ def test_help_explains_each_option(tmp_path: Path) -> None:
             assert "".join(f"{row.doc} (default: {row.default_text or 'empty'})".split()) in words
 
 
+def _tabulated(text: str) -> dict[str, tuple[str, str]]:
+    """Return `section.key` -> (default with its unit, meaning) of the table in a help text, in its order."""
+    head, _, table = text.partition("\n  setting ")
+    assert head, text
+    found: dict[str, tuple[str, str]] = {}
+    section, name = "", ""
+    for line in table.splitlines()[1:]:
+        if line.startswith("["):
+            section = line.strip("[]")
+        elif line:
+            key, default, meaning = (line[start:end].strip() for start, end in ((2, 27), (27, 44), (44, None)))
+            if key:
+                name = f"{section}.{key}"
+                assert name not in found
+                found[name] = (default, meaning)
+            else:
+                assert not default, line
+                found[name] = (found[name][0], f"{found[name][1]} {meaning}")
+    return found
+
+
+@pytest.mark.parametrize("columns", [20, 80, 250])
+def test_check_config_help_has_the_table_of_settings(columns: int, tmp_path: Path) -> None:
+    """`check-config --help` tells the section, name, default, unit and meaning of each setting."""
+    answer = run_command(tmp_path, "check-config", "--help", COLUMNS=str(columns))
+    assert (answer.status, answer.err) == (0, "")
+    found = _tabulated(answer.out)
+    assert list(found) == list(ROWS)
+    for name, row in ROWS.items():
+        assert found[name] == (f"{row.default_text or 'empty'} {row.unit}".strip(), row.doc)
+        assert all(choice in row.doc for choice in row.choices)
+    assert max(map(len, answer.out.splitlines())) <= max(columns, 80)
+
+
+def test_check_config_help_says_how_a_setting_is_overridden(tmp_path: Path) -> None:
+    """The variable and the option that it names as an example are those of a setting."""
+    words = run_command(tmp_path, "check-config", "--help").out.split()
+    assert any(row.env in words and f"{row.option};" in words for row in ROWS.values())
+
+
 def test_commands_and_version(tmp_path: Path) -> None:
     """`imrelay --help` names the commands; `--version` says which version this is."""
     help_, version = run_commands(tmp_path, (["--help"], {}), (["--version"], {}))

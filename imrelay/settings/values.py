@@ -241,7 +241,11 @@ class InboxConfig:
 class LogConfig:
     """[log]: what is written to standard error."""
 
-    level: str = _setting("info", "least severe line to write", choices=("debug", "info", "warning", "error"))
+    level: str = _setting(
+        "info",
+        "least severe line to write; one of debug, info, warning, error",
+        choices=("debug", "info", "warning", "error"),
+    )
     format: str = _setting("text", "text: for people; json: one object a line", choices=("text", "json"))
 
 
