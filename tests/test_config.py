@@ -431,15 +431,15 @@ def test_help_explains_each_option(tmp_path: Path) -> None:
 
 def _tabulated(text: str) -> dict[str, tuple[str, str]]:
     """Return `section.key` -> (default with its unit, meaning) of the table in a help text, in its order."""
-    head, _, table = text.partition("\n  setting ")
-    assert head, text
+    heading, *table = text[text.index("  setting ") :].splitlines()
+    second, third = heading.index("default, unit"), heading.index("meaning")
     found: dict[str, tuple[str, str]] = {}
     section, name = "", ""
-    for line in table.splitlines()[1:]:
+    for line in table:
         if line.startswith("["):
             section = line.strip("[]")
         elif line:
-            key, default, meaning = (line[start:end].strip() for start, end in ((2, 27), (27, 44), (44, None)))
+            key, default, meaning = line[:second].strip(), line[second:third].strip(), line[third:]
             if key:
                 name = f"{section}.{key}"
                 assert name not in found
