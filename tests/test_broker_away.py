@@ -16,7 +16,7 @@ from tests.conftest import RelayFactory
 from tests.harness import VirtualHost, eventually
 
 
-class Door:
+class Forwarder:
     """A TCP port before the broker's: while it is shut, connections are refused, and those there were are cut."""
 
     def __init__(self, url: str) -> None:
@@ -44,7 +44,7 @@ class Door:
 
     @property
     def url(self) -> str:
-        """The broker's URL, through this door."""
+        """The broker's URL, through this forwarder."""
         credentials, _, _ = self._url.netloc.rpartition("@")
         return self._url._replace(netloc=f"{credentials}@127.0.0.1:{self.port}").geturl()
 
@@ -107,22 +107,22 @@ class Door:
 
 
 @pytest.fixture
-def door(broker_url: str) -> Iterator[Door]:
-    """A door before the broker, shut."""
-    made = Door(broker_url)
+def forwarder(broker_url: str) -> Iterator[Forwarder]:
+    """A forwarder before the broker, shut."""
+    made = Forwarder(broker_url)
     try:
         yield made
     finally:
         made.close()
 
 
-def test_a_relay_without_its_broker_says_so_and_goes_on(relay: RelayFactory, door: Door) -> None:
+def test_a_relay_without_its_broker_says_so_and_goes_on(relay: RelayFactory, forwarder: Forwarder) -> None:
     """It names the URL without the password, tries again and again, is alive but not ready, and takes sockets."""
-    host = relay(broker_url=door.url, broker_publish_timeout=1, log_level="debug")
+    host = relay(broker_url=forwarder.url, broker_publish_timeout=1, log_level="debug")
     reason = eventually(lambda: "refused" in (found := why_not_ready(host)) and found)
     assert "refused" in reason
     assert "amqp://" not in reason  # which anybody may read
-    host.wait_for_log(r"waiting \(.*" + door.shown_url.replace("*", r"\*") + ".*refused")
+    host.wait_for_log(r"waiting \(.*" + forwarder.shown_url.replace("*", r"\*") + ".*refused")
     with Browser(host, "one who waits") as one, Browser(host, "another") as two:
         one.say(two.user, "too early", id="c1")
         answer = one.error()
@@ -130,17 +130,17 @@ def test_a_relay_without_its_broker_says_so_and_goes_on(relay: RelayFactory, doo
         one.send("not JSON")
         assert one.error()["code"] == "bad_json"
         eventually(lambda: host.log.count("publish: waiting -> connecting") > 2)
-        assert door.password not in host.log + reason
+        assert forwarder.password not in host.log + reason
         assert why_not_ready(host)
 
 
-def test_it_works_as_soon_as_the_broker_is_there(relay: RelayFactory, door: Door) -> None:
+def test_it_works_as_soon_as_the_broker_is_there(relay: RelayFactory, forwarder: Forwarder) -> None:
     """Sockets that came before the broker need not come again; what was given up is not sent after all."""
-    host = relay(broker_url=door.url, broker_publish_timeout=1)
+    host = relay(broker_url=forwarder.url, broker_publish_timeout=1)
     with Browser(host, "before") as one, Browser(host, "before, too") as two:
         one.say(two.user, "too early", id="c1")
         assert one.error()["code"] == "broker_unavailable"
-        door.open()
+        forwarder.open()
         wait_until_ready(host)
         text = one.say(two.user, "in time", id="c2")
         assert one.ack()["id"] == "c2"
@@ -150,32 +150,32 @@ def test_it_works_as_soon_as_the_broker_is_there(relay: RelayFactory, door: Door
         assert one.rest() == two.rest() == []
 
 
-def test_a_message_waits_a_while_for_the_broker(relay: RelayFactory, door: Door) -> None:
+def test_a_message_waits_a_while_for_the_broker(relay: RelayFactory, forwarder: Forwarder) -> None:
     """What is sent while the broker is away goes out when it comes within `publish_timeout`, once and in order."""
-    host = relay(broker_url=door.url, broker_publish_timeout=60)
+    host = relay(broker_url=forwarder.url, broker_publish_timeout=60)
     with Browser(host, "patient") as one, Browser(host, "the friend of patient") as two:
         for number in range(100):
             one.say(two.user, number, id=number)
-        door.open()
+        forwarder.open()
         assert two.contents_until(99) == list(range(100))
         assert sorted(one.ack()["id"] for _ in range(100)) == list(range(100))
         assert one.rest() == two.rest() == []
 
 
-def test_a_broker_that_goes_and_comes_back(relay: RelayFactory, door: Door, broker: VirtualHost) -> None:
+def test_a_broker_that_goes_and_comes_back(relay: RelayFactory, forwarder: Forwarder, broker: VirtualHost) -> None:
     """Sockets stay open, what comes to an inbox meanwhile is delivered then, and readiness follows the broker."""
-    host, neighbour = relay(broker_url=door.url, broker_publish_timeout=60), relay()
-    door.open()
+    host, neighbour = relay(broker_url=forwarder.url, broker_publish_timeout=60), relay()
+    forwarder.open()
     for each in (host, neighbour):
         wait_until_ready(each)
     with Browser(host, "stays") as one, Browser(neighbour, "has a broker") as two:
         for number in range(3):
-            door.shut()
+            forwarder.shut()
             assert eventually(lambda: why_not_ready(host))
             text = two.say(one.user, number, id="c1")
             two.ack()
             answer = one.say(two.user, number, id="c2")
-            door.open()
+            forwarder.open()
             assert {one.receive(), one.receive()} >= {text}
             assert two.receive() == answer
             wait_until_ready(host)
@@ -201,16 +201,16 @@ def test_a_broker_that_does_not_let_it_in(relay: RelayFactory, broker_url: str, 
     assert url.password not in host.log + reason
 
 
-def test_the_next_url_is_tried(relay: RelayFactory, door: Door, broker_url: str) -> None:
+def test_the_next_url_is_tried(relay: RelayFactory, forwarder: Forwarder, broker_url: str) -> None:
     """Of several URLs one that answers is enough."""
-    host = relay(broker_url=f"{door.url} {broker_url}")
+    host = relay(broker_url=f"{forwarder.url} {broker_url}")
     wait_until_ready(host)
     with Browser(host, "one of a cluster") as browser:
         text = browser.say(browser.user)
         assert browser.receive() == text
 
 
-def test_a_relay_may_be_stopped_while_it_connects(relay: RelayFactory, door: Door) -> None:
+def test_a_relay_may_be_stopped_while_it_connects(relay: RelayFactory, forwarder: Forwarder) -> None:
     """With a broker that takes the connection and says nothing, a stop is as clean as any."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(30)

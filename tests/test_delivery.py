@@ -229,7 +229,7 @@ def test_20_000_messages_to_one_who_was_never_here(relay: RelayFactory, user: st
     eventually(lambda: _only_inboxes_are_left(broker))
 
 
-def test_20_000_messages_through_a_narrow_door(relay: RelayFactory, user: str) -> None:
+def test_20_000_messages_through_a_short_queue(relay: RelayFactory, user: str) -> None:
     """The same with one message under way at a time on either side of the broker."""
     host = relay(broker_prefetch=1, broker_publish_queue=1, broker_persistent=False)
     wait_until_ready(host)

@@ -347,7 +347,7 @@ def test_two_tabs_talk(url: str, tab: Callable[..., Tab]) -> None:
 
 @pytest.mark.parametrize("user", ["Ann B. Smith", " 王小明 ", "ann@example.org", "100%25?a=b&c#d\\'+", "…😀"])
 def test_any_id_may_be_used(user: str, url: str, tab: Callable[..., Tab]) -> None:
-    """Any id can be typed at the door, leads to its percent-encoded address, and writes and reads there."""
+    """Any id can be typed there, leads to its percent-encoded address, and writes and reads there."""
     me, other = tab(f"{url}/"), f"not {user}"
     me.type(user)
     me.press("Enter")
@@ -365,22 +365,24 @@ def test_any_id_may_be_used(user: str, url: str, tab: Callable[..., Tab]) -> Non
     ("user", "says"),
     [("", "at least one"), ("a/b", "“/”"), ("..", "“..”"), ("a\x7f", "control"), ("王" * 43, "129")],
 )
-def test_what_is_no_id_is_refused_at_the_door(
+def test_what_is_no_id_is_refused_on_the_landing_page(
     user: str, says: str, scripted: Callable[..., str], tab: Callable[..., Tab]
 ) -> None:
     """An id that breaks the rules is refused where it is typed, with the rule that it breaks."""
-    door = tab(scripted(_listen) + "/")
-    door.evaluate(f"document.activeElement.value = {json.dumps(user)}")
-    door.press("Enter")
-    assert says in door.evaluate("document.activeElement.validationMessage")
-    assert door.evaluate("location.pathname") == "/"
+    landing = tab(scripted(_listen) + "/")
+    landing.evaluate(f"document.activeElement.value = {json.dumps(user)}")
+    landing.press("Enter")
+    assert says in landing.evaluate("document.activeElement.validationMessage")
+    assert landing.evaluate("location.pathname") == "/"
 
 
-def test_an_address_that_is_no_id_leads_to_the_door(scripted: Callable[..., str], tab: Callable[..., Tab]) -> None:
+def test_an_address_that_is_no_id_leads_to_the_landing_page(
+    scripted: Callable[..., str], tab: Callable[..., Tab]
+) -> None:
     """An address whose bytes are no UTF-8 is explained, and the page asks who one is."""
-    door = tab(scripted(_listen) + "/%ff")
-    assert "not UTF-8" in door.evaluate("document.querySelector('[role=alert]').innerText")
-    assert door.evaluate("document.activeElement.labels[0].textContent") == "Who are you?"
+    landing = tab(scripted(_listen) + "/%ff")
+    assert "not UTF-8" in landing.evaluate("document.querySelector('[role=alert]').innerText")
+    assert landing.evaluate("document.activeElement.labels[0].textContent") == "Who are you?"
 
 
 def test_a_message_to_somebody_away_is_there_when_they_come(url: str, tab: Callable[..., Tab]) -> None:
@@ -455,7 +457,7 @@ def test_too_long_a_message_ends_the_connection_for_good(relay: RelayFactory, ta
 
 
 def test_the_keyboard_is_enough(url: str, tab: Callable[..., Tab]) -> None:
-    """A person without a mouse goes from the door to a sent message by typing, Tab and Enter."""
+    """A person without a mouse goes from the landing page to a sent message by typing, Tab and Enter."""
     one = tab(f"{url}/")
     one.type("keys")
     one.press("Enter")
@@ -486,7 +488,7 @@ def test_enter_in_an_input_method_sends_nothing(scripted: Callable[..., str], ta
 
 
 def test_one_click_opens_the_second_tab(url: str, chromium: Chromium, tab: Callable[..., Tab]) -> None:
-    """From the door it takes two clicks to have two tabs that are addressed to each other."""
+    """From the landing page it takes two clicks to have two tabs that are addressed to each other."""
     one = tab(f"{url}/")
     one.click("be 1 in this tab")
     one.wait_for_event("Page.loadEventFired")

@@ -47,7 +47,7 @@ class Held(Consumer):
         self.is_attached = not self.is_closed
 
 
-class Door:
+class FakeConnection:
     """A connection that is open when the test says so, and counts who looks at it."""
 
     channel_max = 2047
@@ -80,10 +80,10 @@ class Door:
 
 
 class Attaching:
-    """A pool on one door, with consumers that the test holds."""
+    """A pool on one connection, with consumers that the test holds."""
 
     def __init__(self) -> None:
-        self.doors: list[Door] = []
+        self.connections: list[FakeConnection] = []
         self.pool = ConsumerPool(
             self._new_connection,
             Topology("direct_message", InboxConfig()),
@@ -91,7 +91,7 @@ class Attaching:
             channels_per_connection=2000,
         )
         self.pool.start()
-        self.door = self.doors[0]
+        self.connection = self.connections[0]
 
     def consume(self, user: str) -> Held:
         """Have a consumer of the user attached."""
@@ -112,8 +112,8 @@ class Attaching:
         gevent.sleep(0)
 
     def _new_connection(self, name: str, on_state: Callable[[ConnectionState], None]) -> Connection:
-        self.doors.append(Door(on_state))
-        return cast(Connection, self.doors[-1])
+        self.connections.append(FakeConnection(on_state))
+        return cast(Connection, self.connections[-1])
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def assert_nothing_left(consumer: weakref.ref[Held]) -> None:
 
 def test_a_socket_that_closes_in_the_queue_is_not_attached(attaching: Attaching) -> None:
     """A consumer whose socket closes while others are attached never takes a channel, and nothing of it stays."""
-    attaching.door.open()
+    attaching.connection.open()
     held = attaching.fill()
     waiting = attaching.consume("waiting")
     assert not waiting.begun.is_set()
@@ -161,9 +161,9 @@ def test_a_socket_that_closes_before_there_is_a_connection_is_not_attached(attac
     """A consumer whose socket closes while the broker is away never takes a channel, and nothing of it stays."""
     waiting = attaching.consume("waiting")
     gevent.sleep(0)
-    assert attaching.door.looks, "it does not wait for the connection"
+    assert attaching.connection.looks, "it does not wait for the connection"
     waiting.close()
-    attaching.door.open()
+    attaching.connection.open()
     attaching.attach_last()
     assert not waiting.attempts
     remains = weakref.ref(waiting)
@@ -179,7 +179,7 @@ def test_a_socket_that_closes_in_the_pause_is_not_attached(
     monkeypatch.setattr(
         pool.gevent, "spawn_later", lambda pause, function, *arguments: pauses.append((function, arguments))
     )
-    attaching.door.open()
+    attaching.connection.open()
     refused = attaching.consume("refused")
     refused.failure = ChannelLost("no")
     refused.may_end.set()
@@ -199,7 +199,7 @@ def test_a_socket_that_closes_in_the_pause_is_not_attached(
 
 def test_sockets_of_one_user_are_attached_one_after_the_other(attaching: Attaching) -> None:
     """A further socket of a user has to find the first one on the broker: it is begun when that has ended."""
-    attaching.door.open()
+    attaching.connection.open()
     sockets = [attaching.consume("one") for _ in range(3)]
     left = list(sockets)
     while left:
@@ -215,7 +215,7 @@ def test_sockets_of_one_user_are_attached_one_after_the_other(attaching: Attachi
 
 def test_a_busy_user_does_not_hold_up_another(attaching: Attaching) -> None:
     """More waiting sockets of one user than are attached at a time: the socket of another user gets its turn."""
-    attaching.door.open()
+    attaching.connection.open()
     busy = [attaching.consume("busy") for _ in range(pool._PARALLEL * 3)]
     assert busy[0].begun.wait(PATIENCE)
     attaching.attach_last()
@@ -231,12 +231,12 @@ def test_looking_for_a_free_user_does_not_grow_with_those_who_wait(
 ) -> None:
     """However many sockets wait for a busy user, only so many greenlets look after them, each once in a while."""
     monkeypatch.setattr(pool, "_MOMENT", PATIENCE * 100)
-    attaching.door.open()
+    attaching.connection.open()
     busy = [attaching.consume("busy") for _ in range(1000)]
     assert busy[0].begun.wait(PATIENCE)
     for _ in range(100):
         gevent.sleep(0)
-    assert 1 < attaching.door.looks <= pool._PARALLEL
+    assert 1 < attaching.connection.looks <= pool._PARALLEL
     assert len(attachers()) <= pool._PARALLEL
 
 
@@ -254,7 +254,7 @@ def test_an_attacher_that_fails_loses_no_consumer(
 
     monkeypatch.setattr(attaching.pool, "_wait_for_connection", fail)
     monkeypatch.setattr(pool, "_FIRST_PAUSE", 0.01)
-    attaching.door.open()
+    attaching.connection.open()
     consumers = [attaching.consume("one"), attaching.consume("two"), attaching.consume("three")]
     for consumer in consumers:
         consumer.may_end.set()

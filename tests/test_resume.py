@@ -458,11 +458,12 @@ def test_a_relay_that_does_not_come_back_is_forgotten(
     eventually(lambda: not near._reminders._relays, sleep=gevent.sleep)
 
 
-def test_a_relay_without_a_channel_waits_for_it_before_it_asks(pair: list[tuple[RelayQueue, Ends, str]]) -> None:
+def test_a_relay_without_a_channel_waits_for_it_before_it_asks(
+    pair: list[tuple[RelayQueue, Ends, str]], connection: Connection
+) -> None:
     """Who has just lost its own link asks when it is back."""
     (near, _, _), (_, far_ends, incarnation) = pair
-    assert near._sender is not None
-    near._sender._pika.connection._terminate_stream(ConnectionError("cut by the test"))
+    connection._adapter.abort(ConnectionError("cut by the test"))
     eventually(lambda: near._sender is None, sleep=gevent.sleep)
     near.end_session("ann", f"01M86BASS1{incarnation}000000")
     eventually(lambda: far_ends.asked, sleep=gevent.sleep)

@@ -13,11 +13,11 @@ from pika.amqp_object import Method
 
 from imrelay.broker import subscription
 from imrelay.broker.channel import Channel
-from imrelay.broker.frames import Delivery
+from imrelay.broker.codec import Delivery
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.subscription import Subscription
 from imrelay.broker.topology import INBOX_TAG, LIVE_TAG, Topology
-from imrelay.config import InboxConfig
+from imrelay.settings.values import InboxConfig
 from tests.harness import eventually
 
 #: Guard against hanging, in seconds; no measure of speed.
