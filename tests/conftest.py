@@ -14,9 +14,9 @@ import pytest
 
 from imrelay.broker.connection import Connection
 from imrelay.errors import SetupError
-from tests.gate import Gate
-from tests.harness import Node, RelayProcess, VirtualHost, plain_environment, restore_signals_for_children
-from tests.websocket_peer import Peer, Server, running_server
+from tests.support.gate import Gate
+from tests.support.harness import Node, RelayProcess, VirtualHost, plain_environment, restore_signals_for_children
+from tests.support.websocket_peer import Peer, Server, running_server
 
 #: What a relay of the tests is told where the test says nothing else.
 _DEFAULTS = {"server_host": "127.0.0.1", "server_port": "0", "server_drain_timeout": "5"}

@@ -11,7 +11,7 @@ from typing import Any
 import pika
 from pika.exceptions import AMQPConnectionError, AMQPError, NackError, UnroutableError
 
-from tests.harness import TICK, VirtualHost
+from tests.support.harness import TICK, VirtualHost
 
 __all__ = ["FOREIGN", "Outside"]
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from tests.websocket_peer import BINARY, CLOSE, PING, PONG, TEXT, close_frame, frame, handshake
+from tests.support.websocket_peer import BINARY, CLOSE, PING, PONG, TEXT, close_frame, frame, handshake
 
 __all__ = ["Client", "Refused", "split_v1"]
 

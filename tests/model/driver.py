@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.harness import eventually
 from tests.model.broker import Outside
 from tests.model.client import Client, split_v1
 from tests.model.fleet import Fleet, ModelRelay, Profile
 from tests.model.history import History, Message, Session, Violation
+from tests.support.harness import eventually
 
 __all__ = ["Driver", "Tab"]
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.harness import Node, RelayProcess, VirtualHost, eventually, plain_environment
-from tests.proxy import Proxy
+from tests.support.harness import Node, RelayProcess, VirtualHost, eventually, plain_environment
+from tests.support.proxy import Proxy
 
 __all__ = ["PROFILES", "ROOT", "WITNESSES", "Fleet", "ModelRelay", "Profile"]
 

@@ -27,7 +27,7 @@ import gevent.socket  # noqa: E402
 from gevent.fileobject import FileObject  # noqa: E402
 
 from imrelay.cli import main  # noqa: E402
-from tests.counted_relay import census  # noqa: E402
+from tests.support.counted_relay import census  # noqa: E402
 
 #: Bytes that the kernel takes for a browser which does not read (Linux doubles it).
 SEND_BUFFER = 4608

@@ -25,11 +25,11 @@ from pathlib import Path
 
 from hypothesis import settings
 
-from tests.brokers import node_pid, open_files, resident_kib
-from tests.harness import Node, VirtualHost, eventually
 from tests.model.broker import Outside
 from tests.model.fleet import PROFILES, WITNESSES, Fleet
 from tests.model.machine import SETTINGS, Stage, run, staged
+from tests.support.brokers import node_pid, open_files, resident_kib
+from tests.support.harness import Node, VirtualHost, eventually
 
 __all__ = ["LIMITS", "Figures", "main"]
 

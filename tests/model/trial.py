@@ -10,11 +10,11 @@ from pathlib import Path
 
 from hypothesis import Phase, settings
 
-from tests.harness import Node, VirtualHost
 from tests.model.breakages import PACKAGE, Breakage
 from tests.model.broker import Outside
 from tests.model.fleet import PROFILES, ROOT, Fleet
 from tests.model.machine import SUITE, Stage, run, staged
+from tests.support.harness import Node, VirtualHost
 
 __all__ = ["try_all"]
 

@@ -7,13 +7,13 @@ import signal
 import time
 from typing import Any
 
-from tests.brokers import frozen, kill_node, node_pid, start_application, stop_application
-from tests.harness import eventually
 from tests.model.broker import FOREIGN
 from tests.model.client import Client
 from tests.model.driver import Driver, Tab
 from tests.model.history import Message, Violation
 from tests.model.verdict import complaints
+from tests.support.brokers import frozen, kill_node, node_pid, start_application, stop_application
+from tests.support.harness import eventually
 
 __all__ = ["World"]
 
