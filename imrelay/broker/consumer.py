@@ -16,6 +16,7 @@ from gevent.event import Event
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
+from imrelay.broker.consumer_state import ConsumerState
 from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.subscription import Subscription
 from imrelay.broker.topology import AS_IT_STANDS, Topology
@@ -53,7 +54,6 @@ class Consumer:
     __slots__ = (
         "_attached",
         "_channel",
-        "_closed",
         "_is_counted",
         "_keeper",
         "_leaving",
@@ -61,7 +61,6 @@ class Consumer:
         "_subscription",
         "_was_attached",
         "failures",
-        "is_attached",
         "user",
     )
 
@@ -69,11 +68,8 @@ class Consumer:
         self.user = user
         #: Refusals in a row.
         self.failures = 0
-        #: Whether the broker delivers to it now.
-        self.is_attached = False
         self._keeper = keeper
         self._mailbox = mailbox
-        self._closed = False
         #: Whether the broker has ever delivered to it.
         self._was_attached = False
         #: Whether the inbox is a classic queue: what a channel had is back there when its end is confirmed.
@@ -92,11 +88,21 @@ class Consumer:
     @property
     def is_closed(self) -> bool:
         """Whether `close` was called."""
-        return self._closed
+        return self.state is ConsumerState.CLOSED
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the broker delivers to it now."""
+        return self.state.is_attached
+
+    @property
+    def state(self) -> ConsumerState:
+        """What it is doing."""
+        return self._subscription.state
 
     def wait_attached(self, timeout: float) -> bool:
         """Block until messages are delivered, or for `timeout` seconds; tell whether they are."""
-        if not self.is_attached and not self._closed:
+        if not self.is_attached and not self.is_closed:
             self._attached = Event()
             self._attached.wait(timeout)
             self._attached = None
@@ -107,18 +113,18 @@ class Consumer:
 
         Those of a channel that has gone are skipped: the broker delivers them again.
         """
-        self._subscription.ack(taken)
+        self._subscription.acks.ack(taken)
 
     def ack_each(self, taken: Sequence[Delivery]) -> None:
         """Acknowledge these deliveries and no others, in whatever order they came."""
-        self._subscription.ack_each(taken)
+        self._subscription.acks.ack_each(taken)
 
     def discard(self, delivery: Delivery) -> None:
         """Have the broker take away a delivery that cannot be written: if it came again it would fail again.
 
         It goes to the inbox's dead-letter exchange, where that exists.
         """
-        self._subscription.discard(delivery)
+        self._subscription.acks.discard(delivery)
 
     def rebind(self, topology: Topology) -> None:
         """Bind the user's exchange and inbox again, where an operator has deleted what held them."""
@@ -137,9 +143,8 @@ class Consumer:
 
     def close(self) -> None:
         """End it: what was not acknowledged goes to the user's next socket. Idempotent, returns at once."""
-        self._closed = True
         self._keeper.forget(self)
-        self._leave()
+        self._leave(for_good=True)
         if self._attached is not None:
             self._attached.set()
 
@@ -165,7 +170,7 @@ class Consumer:
         that is closed meanwhile leaves nothing behind, and returns.
         """
         for keep in AS_IT_STANDS:
-            if self._closed:
+            if self.is_closed:
                 return
             self._subscription = subscription = self._subscribe(has_stood_by=self.has_stood_by)
             self._channel = channel = Channel(
@@ -173,20 +178,11 @@ class Consumer:
             )
             try:
                 self._is_counted = topology.counts_who_stands_by(keep)
-                subscription.begin(
-                    channel,
-                    topology,
-                    prefetch,
-                    topology.declare_user(self.user, keep),
-                    is_counted=self._is_counted,
-                    sends_back=topology.takes_back(keep),
-                    keeps_order=topology.takes_back_in_order(keep),
-                    is_again=self._was_attached,
-                )
+                subscription.begin(channel, topology, prefetch, keep, is_again=self._was_attached)
                 break
             except ChannelLost as exc:
                 self._leave()
-                if self._closed:  # the broker may have refused what nobody needs any more
+                if self.is_closed:  # the broker may have refused what nobody needs any more
                     return
                 if exc.reply_code != _PRECONDITION_FAILED or keep is AS_IT_STANDS[-1]:
                     raise
@@ -194,7 +190,7 @@ class Consumer:
             except BaseException:
                 self._leave()
                 raise
-        self.is_attached = self._was_attached = True
+        self._was_attached = True
         self.failures = 0
         if self._attached is not None:
             self._attached.set()
@@ -221,11 +217,10 @@ class Consumer:
             self._leave()
             self._keeper.enqueue(self, lost if lost.reply_code else None)
 
-    def _leave(self) -> None:
+    def _leave(self, *, for_good: bool = False) -> None:
         """End the channel: what it delivered and nobody acknowledged goes back to where it came from."""
-        self.is_attached = False
         channel, self._channel = self._channel, None
-        self._subscription.close()
+        self._subscription.close(for_good=for_good)
         if channel is not None:
             self._leaving = channel
             channel.close()

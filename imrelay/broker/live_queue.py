@@ -1,33 +1,50 @@
-"""What a consumer that stands by sets aside: around its attaching, and while it changes over to the inbox."""
+"""The live queue of a consumer that stands by, and what is set aside because of it.
+
+That is what comes from it at first, until it is clear that the inbox has nothing older, and what the inbox
+delivers until the live queue is empty and deleted.
+"""
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import gevent
+from pika import spec
+from pika.amqp_object import Method
+
+from imrelay.broker.channel import Channel
 from imrelay.broker.codec import Delivery
 from imrelay.broker.overflow import Overflow, identify
-from imrelay.broker.topology import LIVE_TAG
+from imrelay.broker.topology import LIVE_TAG, Topology
 
 __all__ = ["LiveQueue"]
 
+#: Pauses between looks at a live queue that is still being emptied, in seconds; the last one again and again.
+_PAUSES = (0.02, 0.02, 0.04, 0.08, 0.16, 0.32, 0.5)
 #: Messages of relays that are remembered as taken from the live queue.
 _REMEMBERED = 256
+#: Longest time for which what comes from it is set aside because the inbox has no leader, in seconds.
+_LEADERLESS = 10.0
 
 
 class LiveQueue:
     """The live queue of one consumer on one channel, and the deliveries that are set aside because of it."""
 
-    __slots__ = ("_taken", "early", "held", "is_ending", "name", "overflow", "set_aside")
+    __slots__ = ("_is_settled", "_taken", "early", "held", "is_ending", "name", "overflow", "set_aside")
 
     def __init__(self, *, is_alone: bool) -> None:
         """Begin; `is_alone`: the inbox had no consumer when this one came, so it may be the active one."""
-        #: As the broker names it; empty until it has.
+        #: As the broker names it; empty until `open` has returned.
         self.name = ""
-        #: What came from it until it is clear that the inbox has nothing older to give; then None.
-        self.early: list[Delivery] | None = [] if is_alone else None
-        #: What the inbox gave since it began to; None until then.
-        self.held: list[Delivery] | None = None
+        #: Whether it is clear that the inbox has nothing older to give than what comes from the live queue.
+        self._is_settled = not is_alone
+        #: What came from it before that was clear.
+        self.early: list[Delivery] = []
+        #: What the inbox gave since it began to.
+        self.held: list[Delivery] = []
         #: Whether it is being deleted: what still comes from it has no place to go back to.
         self.is_ending = False
         #: What came from it and had no room.
@@ -37,21 +54,47 @@ class LiveQueue:
         #: Messages of relays that the browser has taken from it last.
         self._taken: deque[str] = deque(maxlen=_REMEMBERED)
 
-    def begin_to_hold(self) -> bool:
-        """Note that the inbox gives something; tell whether it is the first time."""
-        is_first = self.held is None
-        self.held = self.held or []
-        return is_first
+    def open(self, channel: Channel, topology: Topology, user: str) -> None:
+        """Declare it, consume from it and bind it; blocks for one round trip. Raises `ChannelLost`."""
+        # All in one, and the consumer before the binding: a live queue that never had a consumer would outlive its
+        # socket, whatever ends the channel meanwhile. Without a name it is the one declared last, and the last
+        # answer says that it has been bound.
+        declare, bind, ask = topology.declare_live(), topology.bind_live(user, ""), topology.ask_inbox(user)
+        self.name = channel.call(declare, topology.consume_live(""), bind, ask)[0].queue
+
+    def wait_for_leader(self, channel: Channel, ask: Method) -> None:
+        """Block until the inbox counts its consumer or gives something, or for `_LEADERLESS` seconds.
+
+        A quorum queue without a leader counts no consumer and gives nothing. Raises `ChannelLost`.
+        """
+        until = time.monotonic() + _LEADERLESS
+        for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
+            if self.held or channel.call(ask)[0].consumer_count or time.monotonic() > until:
+                return
+            gevent.sleep(pause)
+
+    def drain(self, channel: Channel, deliver: Callable[[Sequence[Delivery]], None]) -> None:
+        """Block until it is empty, and delete it; `deliver` gets what would keep the rest from coming.
+
+        What still comes while it is being deleted is for the caller to take. Raises `ChannelLost`.
+        """
+        look = spec.Queue.Declare(queue=self.name, passive=True)
+        for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
+            if not channel.call(look)[0].message_count and not self.overflow:
+                break
+            deliver(self.settle())
+            gevent.sleep(pause)
+        self.is_ending = True
+        channel.call(spec.Basic.Cancel(LIVE_TAG))  # the last consumer: the live queue goes with it
 
     def hold(self, delivery: Delivery) -> None:
         """Set aside a delivery of the inbox, which has begun to give."""
-        assert self.held is not None
         self.set_aside += len(delivery.body) + 1
         self.held.append(delivery)
 
     def take(self, delivery: Delivery) -> bool:
         """Take note of a delivery of the live queue; tell whether it was set aside."""
-        if self.early is None:
+        if self._is_settled:
             return False
         self.early.append(delivery)
         self.set_aside += len(delivery.body) + 1
@@ -83,13 +126,13 @@ class LiveQueue:
         Only where nobody was there when this consumer came: then what the inbox gives up to the first message that
         the live queue has brought too is older than the live queue, and else could be newer.
         """
-        early, self.early = self.early or [], None
-        held = self.held or []
+        early, self.early = self.early, []
+        self._is_settled = True
+        held = self.held
         ahead = {identify(delivery) for delivery in early}
         cut = next((at for at, one in enumerate(held) if identify(one) in ahead), len(held)) if ahead else 0
         settled = held[:cut] + early
-        if self.held is not None:
-            self.held = held[cut:]
+        self.held = held[cut:]
         self.set_aside -= sum(len(delivery.body) + 1 for delivery in settled)
         return settled
 
@@ -99,4 +142,4 @@ class LiveQueue:
         The session knows repeats of relays by their ids. Those of other programs are not known: two
         messages of the same content may be one that came twice, or two, of which none may be left out.
         """
-        return self.settle() + (self.held or [])
+        return self.settle() + self.held

@@ -22,6 +22,7 @@ __all__ = ["BREAKAGES", "Breakage", "main"]
 #: The folder of the package, and its files that are broken: to be changed here when a file is renamed.
 PACKAGE = "imrelay"
 _DETOUR = "broker/routes.py"
+_ACKNOWLEDGEMENTS = "broker/acknowledgements.py"
 _CONSUMER = "broker/consumer.py"
 _HUB = "sessions/registry.py"
 _LEDGER = "broker/ledger.py"
@@ -91,14 +92,14 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage(
         "ack-at-close",
         _SUBSCRIPTION,
-        "        self._ack_copies()\n        self._channel = None\n",
+        "        self._ack_copies()\n        self.acks.stop()\n",
         "        if self._channel is not None and self._newest:\n"
         "            self._channel.ack(self._newest, multiple=True, at_once=True)\n"
-        "        self._channel = None\n",
+        "        self.acks.stop()\n",
     ),
     Breakage(
         "ack-multiple",
-        _SUBSCRIPTION,
+        _ACKNOWLEDGEMENTS,
         "channel.ack(delivery.tag, multiple=False, at_once=at_once)",
         "channel.ack(delivery.tag, multiple=True, at_once=at_once)",
     ),
@@ -124,7 +125,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         "live-queue-not-bound",
-        _SUBSCRIPTION,
+        _LIVE,
         'channel.call(declare, topology.consume_live(""), bind, ask)[0].queue',
         'channel.call(declare, topology.consume_live(""), ask)[0].queue',
     ),
@@ -137,7 +138,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage(
         "held-dropped",
         _LIVE,
-        "        return self.settle() + (self.held or [])\n",
+        "        return self.settle() + self.held\n",
         "        return self.settle()\n",
     ),
     Breakage(

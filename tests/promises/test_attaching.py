@@ -12,6 +12,7 @@ import pytest
 from imrelay.broker import channel as channel_module
 from imrelay.broker.connection import Connection
 from imrelay.broker.consumer import Consumer
+from imrelay.broker.consumer_state import ConsumerState
 from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
@@ -205,9 +206,8 @@ def test_a_socket_that_closes_during_its_promotion_gives_back_what_it_has_not_ta
             second.consumer.ack([delivery])
         gate.hold(DECLARE_OK)
         first.consumer.close()
-        live = second.consumer._subscription._live
-        assert live is not None
-        eventually(lambda: live.held is not None, PATIENCE, sleep=gevent.sleep)
+        assert second.consumer.state is ConsumerState.STANDING_BY
+        eventually(lambda: second.consumer.state is ConsumerState.PROMOTING, PATIENCE, sleep=gevent.sleep)
         second.consumer.close()
         gate.let_pass()
         assert second.consumer.wait_detached(PATIENCE)  # else the third would get what is new first

@@ -14,6 +14,7 @@ from gevent.event import Event
 from imrelay.broker import pool
 from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.broker.consumer import Consumer
+from imrelay.broker.consumer_state import ConsumerState
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
@@ -44,7 +45,8 @@ class Held(Consumer):
         self.ended.set()
         if self.failure is not None:
             raise self.failure
-        self.is_attached = not self.is_closed
+        if not self.is_closed:
+            self._subscription._enter(ConsumerState.ACTIVE)
 
 
 class FakeConnection:
