@@ -19,7 +19,7 @@ from imrelay.broker.connection import Connection
 from imrelay.broker.inbox_opening import inbox_exists, methods_for, open_inbox
 from imrelay.broker.known_inboxes import KnownInbox
 from imrelay.broker.mailbox import Bell
-from imrelay.broker.routes import Route
+from imrelay.broker.route import Route
 from imrelay.broker.topology import AS_IT_STANDS, Keep, Topology
 from imrelay.errors import ChannelLost
 

@@ -1,9 +1,4 @@
-"""Routes: what waits for one user until it is known that the user's inbox is there.
-
-    asked --> there --> over                                the inbox is made sure of, and all goes on
-      ^         |
-      |         +-----> alone --> over                      quorum inboxes: the first message goes alone
-      +---------------- returned                            an inbox that was there is gone: once more
+"""The routes of the publisher's channel: each leads on the messages to one user, from state to state.
 
 Order between one sender and one recipient is kept by this: what is to be published to a user with a route waits
 in it, and a route goes on only when the broker has answered for all that was under way to the user before.
@@ -13,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import gevent
@@ -23,10 +17,11 @@ from imrelay.broker.inbox_opening import offer
 from imrelay.broker.known_inboxes import KnownInbox, KnownInboxes
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.publication import Publication
+from imrelay.broker.route import Route, RouteState
 from imrelay.broker.topology import Topology
 from imrelay.errors import AnswerableError, BrokerUnavailable, ChannelLost, InboxFull, RecipientUnknown
 
-__all__ = ["Route", "Routes"]
+__all__ = ["Routes"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,39 +31,6 @@ _PAUSE = 0.5
 _LONGEST_PAUSE = 5.0
 #: How often a refused message that went alone is offered again.
 _OFFERS = 6
-
-
-class Route:
-    """Messages to one user that wait until the user's inbox was made sure of."""
-
-    __slots__ = (
-        "alone",
-        "asked",
-        "failures",
-        "in_flight",
-        "inbox",
-        "is_asked",
-        "is_there",
-        "returned",
-        "user",
-        "waiting",
-    )
-
-    def __init__(self, user: str, in_flight: int, inbox: KnownInbox | None) -> None:
-        self.user = user
-        #: Messages under way to the user, of those before the route or the one that goes alone.
-        self.in_flight = in_flight
-        #: What was known of the inbox before, and then what is.
-        self.inbox = inbox
-        #: Whether the inbox is being asked for, and how many messages waited then.
-        self.is_asked = False
-        self.asked = 0
-        self.is_there = False
-        self.returned: list[Publication] = []
-        self.waiting: deque[Publication] = deque()
-        self.alone: Publication | None = None
-        #: How often in a row the inbox could not be asked for, or what was published to it came back.
-        self.failures = 0
 
 
 class Routes:
@@ -129,6 +91,7 @@ class Routes:
         if route is not None:
             route.in_flight -= 1
             if route.alone is publication and not accepted:
+                route.enter(RouteState.OFFERED)
                 gevent.spawn(self._run_offers, publication, route).name = f"offers:{publication.user}"
                 return
             if publication.returned:
@@ -146,18 +109,18 @@ class Routes:
         if route is not None and route.alone is publication:
             route.in_flight -= 1
             route.alone = None
+            route.enter(RouteState.FOUND)
             self._advance(route)
 
     def checked(self, route: Route, outcome: KnownInbox | BaseException | None) -> None:
         """The inbox of a user was made sure of, or is not there, or nobody knows."""
         if self.by_user.get(route.user) is not route:
             return
-        route.is_asked = False
         if isinstance(outcome, BaseException):
             self._make_sure_later(route)
             return
         if outcome is None:
-            asked = [route.waiting.popleft() for _ in range(min(route.asked, len(route.waiting)))]
+            asked = route.pop_asked()
             tried = [one for one in asked if not one.returns] if self._elsewhere is not None else []
             for publication in asked:
                 if publication not in tried:
@@ -165,42 +128,36 @@ class Routes:
             route.waiting.extendleft(reversed(tried))
             if tried and self._elsewhere is not None:
                 outcome = self._elsewhere()
-        route.is_there = outcome is not None
-        if outcome is not None:
+        if outcome is None:
+            route.enter(RouteState.WAITING)
+        else:
             route.inbox = outcome
+            route.enter(RouteState.FOUND)
         self._advance(route)
 
     def prune(self) -> None:
         """Keep nothing of what was answered meanwhile."""
         for route in self.by_user.values():
-            before = len(route.waiting)
-            # what had been asked for stands at the front
-            gone = sum(publication.done for publication in list(route.waiting)[: route.asked])
-            route.asked = max(0, route.asked - gone)
-            if before:
-                route.waiting = deque(publication for publication in route.waiting if not publication.done)
+            route.prune()
 
     def _advance(self, route: Route) -> None:
         """Take the next step, when all that was under way to the user has been answered."""
-        if route.in_flight or route.is_asked:
+        if not route.may_go_on:
             return
         if route.returned:
             self._take_back(route)
             return
-        while route.waiting and route.waiting[0].done:
-            route.waiting.popleft()
-        if not route.is_there:
+        route.drop_answered()
+        if route.state is RouteState.WAITING:
             if route.waiting:
                 self._make_sure(route)
             else:
                 del self.by_user[route.user]
             return
         assert route.inbox is not None
-        is_met = route.alone is not None or self._known.find(route.user) is not None
+        is_met = route.state is not RouteState.FOUND or self._known.find(route.user) is not None
         if self._topology.is_replicated and not is_met and route.waiting:
-            route.alone = route.waiting.popleft()
-            route.in_flight = 1
-            self._requeue([route.alone])
+            self._requeue([route.pop_alone()])
             return
         del self.by_user[route.user]
         self._known.remember(route.user, route.inbox)
@@ -208,32 +165,24 @@ class Routes:
 
     def _take_back(self, route: Route) -> None:
         """Put what came back before what waits, and make sure of the inbox once more: not in a tight loop."""
-        returned = [publication for publication in route.returned if not publication.done]
-        for publication in returned:
-            publication.returned = False
-        again = max((publication.returns for publication in returned), default=0) > 1
-        route.returned = []
-        route.alone = None
-        route.is_there = False
-        route.waiting.extendleft(reversed(returned))
-        if again:
+        if route.take_back():
             self._make_sure_later(route)
         else:
             self._advance(route)
 
     def _make_sure(self, route: Route) -> None:
-        route.is_asked = True
+        route.enter(RouteState.ASKED)
         self._ask(route)
 
     def _make_sure_later(self, route: Route) -> None:
-        route.is_asked = True
+        route.enter(RouteState.PAUSING)
         pause = min(_PAUSE * 2**route.failures, _LONGEST_PAUSE)
         route.failures = min(route.failures + 1, 10)
         gevent.spawn_later(pause, self._run_again, route).name = f"again:{route.user}"
 
     def _run_again(self, route: Route) -> None:
-        if self.by_user.get(route.user) is route:
-            route.is_asked = False
+        if self.by_user.get(route.user) is route and route.state is RouteState.PAUSING:
+            route.enter(RouteState.WAITING)
             self._advance(route)
 
     def _refuse(self, publication: Publication) -> None:

@@ -13,7 +13,7 @@ import pytest
 from imrelay.broker import inbox_check
 from imrelay.broker.channel import Channel
 from imrelay.broker.inbox_check import InboxCheck
-from imrelay.broker.routes import Route
+from imrelay.broker.route import Route
 from imrelay.errors import BrokerUnavailable, RecipientUnknown
 from imrelay.settings.values import InboxConfig
 from tests.conftest import RelayFactory
