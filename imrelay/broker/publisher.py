@@ -19,19 +19,20 @@ from collections.abc import Callable, Sequence
 import gevent
 from gevent.event import Event
 
+from imrelay.broker.batch_writer import BatchWriter
 from imrelay.broker.channel import Channel
-from imrelay.broker.codec import PublishTemplate
 from imrelay.broker.connection import Connection, ConnectionState
-from imrelay.broker.inbox_check import InboxCheck
+from imrelay.broker.inbox_check import InboxCheck, Outcome
 from imrelay.broker.known_inboxes import KnownInbox, KnownInboxes
 from imrelay.broker.ledger import Ledger
 from imrelay.broker.mailbox import Bell
 from imrelay.broker.publication import Publication
 from imrelay.broker.refusals import Refusals
+from imrelay.broker.route import Route
 from imrelay.broker.routes import Routes
 from imrelay.broker.topology import AS_IT_STANDS, Topology
 from imrelay.broker.unconfirmed import Unconfirmed
-from imrelay.errors import BadMessage, ChannelLost
+from imrelay.errors import ChannelLost
 from imrelay.runtime.loops import run_for_ever
 
 __all__ = ["Publisher"]
@@ -40,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 #: How often the deadlines of waiting messages are looked at, in seconds.
 _SWEEP = 0.2
-#: Messages, and bytes of their bodies (or one larger message), that are published before others get their turn.
-_BATCH, _BATCH_BYTES = 128, 65_536
 #: Pause after the channel went with its connection, in seconds.
 _LOST_PAUSE = 0.02
 #: Seconds for which a user without an inbox counts as being at another server.
@@ -81,43 +80,48 @@ class Publisher:
         self._topology = topology
         self._persistent = persistent
         self._on_exchange_lost = on_exchange_lost
-        self._clock = clock
         self._exchange_is_lost = False
         self._ledger = Ledger(queue_size, timeout, queue_bytes, self._enqueue)
+        #: What is to be published next; shared with `_batches`, so it stays the same object.
         self._queue: deque[Publication] = deque()
         self._unconfirmed = Unconfirmed()
         self._max_unconfirmed = queue_size
-        #: The last one whose sender waits for its answer.
-        self._awaited_tag = 0
         self._known = KnownInboxes()
         self._check = InboxCheck(
-            self._connection,
-            topology,
-            lambda route, outcome: self._routes.checked(route, outcome),
-            create=create_unknown,
-            expires=inbox_expires,
+            self._connection, topology, self._on_checked, create=create_unknown, expires=inbox_expires, clock=clock
+        )
+        self._routes = self._new_routes(other_server, clock)
+        self._refusals = Refusals(clock)
+        self._batches = BatchWriter(
+            self._queue,
+            self._ledger,
+            self._unconfirmed,
+            self._routes,
+            self._known,
+            self._refusals,
+            max_unconfirmed=queue_size,
             clock=clock,
         )
-        self._routes = Routes(
+        self._channel: Channel | None = None
+        #: Why the last channel ended, until that was dealt with.
+        self._lost: ChannelLost | None = None
+        self._bell = Bell()
+        self._stopped = False
+        self._stopping = Event()
+        self._greenlets: list[gevent.Greenlet] = []
+
+    def _new_routes(self, other_server: bool, clock: Callable[[], float]) -> Routes:
+        return Routes(
             self._ledger,
             self._connection,
-            topology,
+            self._topology,
             self._known,
-            persistent=persistent,
+            persistent=self._persistent,
             ask=self._check.ask,
             requeue=self._requeue,
             renew=self._leave,
             elsewhere=(lambda: KnownInbox(clock() + _ELSEWHERE, AS_IT_STANDS[0], 0.0)) if other_server else None,
         )
-        self._refusals = Refusals(clock)
-        self._channel: Channel | None = None
-        #: Why the last channel ended, until that was dealt with.
-        self._lost: ChannelLost | None = None
-        self._template: PublishTemplate | None = None
-        self._bell = Bell()
-        self._stopped = False
-        self._stopping = Event()
-        self._greenlets: list[gevent.Greenlet] = []
 
     def start(self) -> None:
         """Begin to connect and to publish; returns at once."""
@@ -182,6 +186,9 @@ class Publisher:
             self._refusals.forget_limit()
         self._bell.ring()
 
+    def _on_checked(self, route: Route, outcome: Outcome) -> None:
+        self._routes.checked(route, outcome)
+
     def _run_publisher(self) -> None:
         while not self._stopped:
             try:
@@ -221,7 +228,7 @@ class Publisher:
         channel.call(self._topology.declare_exchange())
         channel.confirm(self._on_confirm, self._on_return)
         channel.watch_drained(self._bell.ring)
-        self._template = channel.prepare(self._topology.exchange, persistent=self._persistent)
+        template = channel.prepare(self._topology.exchange, persistent=self._persistent)
         if channel.lost is not None:  # in the same read as the last answer
             raise channel.lost
         if self._exchange_is_lost:
@@ -232,12 +239,13 @@ class Publisher:
         self._check.forget()
         self._known.clear()
         self._refusals.prune()
-        self._queue = deque(self._ledger)
+        self._queue.clear()
+        self._queue.extend(self._ledger)
         for publication in self._queue:
             publication.returned = False
         if self._queue:
             logger.info("publishing %d messages again or at last", len(self._queue))
-        self._awaited_tag = 0
+        self._batches.begin(template)
         self._channel = channel
         self._bell.ring()
 
@@ -247,81 +255,14 @@ class Publisher:
             if not self._queue or not self._may_publish(self._channel):
                 self._bell.wait()
             else:
-                self._publish_some(self._channel)
+                self._batches.publish(self._channel)
                 if self._queue:
                     gevent.sleep(0)
 
     def _may_publish(self, channel: Channel) -> bool:
         """Tell whether the next message may be handed over."""
-        most = 1 if self._refusals.suspects else self._max_unconfirmed
         is_open = self._connection.state is ConnectionState.OPEN  # and not blocked
-        return is_open and len(self._unconfirmed) < most and not channel.has_unsent
-
-    def _publish_some(self, channel: Channel) -> None:
-        """Publish up to `_BATCH` of what is queued in one go."""
-        queue, unconfirmed = self._queue, self._unconfirmed
-        by_user, known = self._routes.by_user, self._known.recent
-        encode = self._prepared.encode_content
-        now = self._clock()
-        room = 1 if self._refusals.suspects else min(_BATCH, self._max_unconfirmed - len(unconfirmed))
-        frames: list[bytes] = []
-        size = 0
-        for _ in range(min(len(queue), room)):
-            publication = queue.popleft()
-            if publication.done:
-                self._routes.skip(publication)
-                continue
-            size += len(publication.body)
-            if size > _BATCH_BYTES and frames:
-                queue.appendleft(publication)
-                break
-            user = publication.user
-            inbox = known.get(user)
-            if by_user and user in by_user:
-                route = by_user[user]
-                if route.alone is not publication:
-                    route.waiting.append(publication)
-                    continue
-                inbox = route.inbox
-            elif inbox is None or inbox.until <= now:
-                inbox = self._find_inbox(publication, now)
-            if inbox is None:
-                continue
-            try:
-                method = inbox.method or self._encode_method(inbox, user)
-                content = encode(publication.mid, publication.binary, publication.body)
-            except ValueError:  # AMQP has no room for it: that one must not end the publisher of all
-                logger.exception("message %s cannot be published", publication.mid)
-                self._ledger.answer(publication, BadMessage("this message cannot be published"))
-                self._routes.skip(publication)
-                continue
-            frames += (method, content)
-            tag = unconfirmed.add(publication)
-            if publication.message_id is not None:
-                self._awaited_tag = tag
-        if frames:
-            is_awaited = self._awaited_tag in unconfirmed.by_tag or self._ledger.is_filling
-            hurry = is_awaited or bool(by_user) or bool(self._refusals.suspects)
-            channel.publish(b"".join(frames), at_once=hurry)
-
-    def _find_inbox(self, publication: Publication, now: float) -> KnownInbox | None:
-        """Return the inbox of a user who is not in the newer part of `_known`; None: the message waits."""
-        user = publication.user
-        inbox = self._known.find(user)
-        if inbox is not None and inbox.until > now:
-            return inbox
-        # nothing is under way to somebody of whom nothing is known on this channel
-        self._routes.begin(publication, 0 if inbox is None else self._unconfirmed.count(user))
-        return None
-
-    def _encode_method(self, inbox: KnownInbox, user: str) -> bytes:
-        inbox.method = self._prepared.encode_method(user)
-        return inbox.method
-
-    @property
-    def _prepared(self) -> PublishTemplate:
-        assert self._template is not None  # it comes with the channel
-        return self._template
+        return is_open and self._batches.has_room and not channel.has_unsent
 
     def _requeue(self, publications: Sequence[Publication]) -> None:
         """Have messages published before all that is queued."""
@@ -365,7 +306,9 @@ class Publisher:
         while not self._stopped:
             gevent.sleep(_SWEEP)
             if self._ledger.expire():  # while the broker is away, what has been answered must not pile up
-                self._queue = deque(publication for publication in self._queue if not publication.done)
+                left = [publication for publication in self._queue if not publication.done]
+                self._queue.clear()
+                self._queue.extend(left)
                 self._routes.prune()
                 self._refusals.prune()
                 self._forget_overdue()

@@ -21,8 +21,8 @@ __all__ = ["BREAKAGES", "Breakage", "main"]
 
 #: The folder of the package, and its files that are broken: to be changed here when a file is renamed.
 PACKAGE = "imrelay"
-_DETOUR = "broker/routes.py"
 _ACKNOWLEDGEMENTS = "broker/acknowledgements.py"
+_BATCHES = "broker/batch_writer.py"
 _CONSUMER = "broker/consumer.py"
 _HUB = "sessions/registry.py"
 _LEDGER = "broker/ledger.py"
@@ -31,6 +31,7 @@ _MAILBOX = "broker/mailbox.py"
 _MID = "messages/message_ids.py"
 _PROTOCOL = "sessions/subprotocols.py"
 _PUBLISHER = "broker/publisher.py"
+_ROUTES = "broker/routes.py"
 _SERVER = "server.py"
 _SESSION = "sessions/session.py"
 _SUBSCRIPTION = "broker/subscription.py"
@@ -183,7 +184,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage("redelivered-not-said", _PROTOCOL, "own, delivery.redelivered)", "own, False)"),
     Breakage(
         "order-of-batch",
-        _PUBLISHER,
+        _BATCHES,
         "            frames += (method, content)\n",
         "            frames[0:0] = (method, content)\n",
     ),
@@ -206,7 +207,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     # -- what senders are told --
     Breakage(
         "acked-unconfirmed",
-        _PUBLISHER,
+        _BATCHES,
         "            tag = unconfirmed.add(publication)\n",
         "            tag = unconfirmed.add(publication)\n            self._ledger.answer(publication, None)\n",
     ),
@@ -224,7 +225,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         "nack-is-ack",
-        _DETOUR,
+        _ROUTES,
         "        if not accepted:\n            self._refuse(publication)\n        elif",
         "        if not accepted:\n            self._ledger.answer(publication, None)\n        elif",
     ),
@@ -236,7 +237,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         "again-after-nack",
-        _DETOUR,
+        _ROUTES,
         "        if not accepted:\n            self._refuse(publication)\n        elif",
         "        if not accepted:\n"
         "            p = publication\n"
@@ -249,8 +250,8 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage(
         "not-published-again",
         _PUBLISHER,
-        "        self._queue = deque(self._ledger)\n",
-        "        self._queue = deque(each for each in self._ledger if not each.handed_over)\n",
+        "        self._queue.extend(self._ledger)\n",
+        "        self._queue.extend(each for each in self._ledger if not each.handed_over)\n",
     ),
     Breakage(
         "no-answers-after-an-error",
@@ -269,7 +270,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         "binary-lost",
-        _PUBLISHER,
+        _BATCHES,
         "encode(publication.mid, publication.binary, publication.body)",
         "encode(publication.mid, False, publication.body)",
     ),
