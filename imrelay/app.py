@@ -24,7 +24,8 @@ from werkzeug.routing import BaseConverter, MapAdapter, Rule, WebsocketMismatch
 
 from imrelay.errors import BadId
 from imrelay.messages.submission import check_id
-from imrelay.sessions.session import Services, Session
+from imrelay.sessions.services import Services
+from imrelay.sessions.session import Session
 from imrelay.sessions.subprotocols import resumed_session
 from imrelay.websocket import (
     UPGRADE,

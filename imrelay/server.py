@@ -24,7 +24,7 @@ from imrelay.messages.message_ids import MessageIds
 from imrelay.private_node.data_folder import running_url
 from imrelay.private_node.node import PrivateBroker
 from imrelay.sessions.registry import Registry
-from imrelay.sessions.session import Services
+from imrelay.sessions.services import Services
 from imrelay.sessions.subprotocols import SUBPROTOCOLS, remembered
 from imrelay.settings.values import Config
 from imrelay.websocket import Admission, Listener, WebSocketHandler

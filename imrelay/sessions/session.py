@@ -4,72 +4,31 @@
 
 The greenlet is that of the WSGI request. It blocks on the session's mailbox, which gives it batches of deliveries
 and of answers to the browser's own messages; each batch is written to the browser, and acknowledged to the broker.
-What the browser sends is checked and queued for the publisher in the event loop, where nothing blocks: while the
-publisher has no room, or the browser has too many answers to come, the reading of this socket is paused.
+What the browser sends is received in the event loop: see `intake`.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from collections.abc import MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 from imrelay.broker.consumer import Consumer
-from imrelay.broker.mailbox import Delivery, Mailbox
-from imrelay.broker.pool import ConsumerPool
-from imrelay.broker.publication import Publication
-from imrelay.broker.publisher import Publisher
-from imrelay.broker.relay_queue import RelayQueue
-from imrelay.errors import AnswerableError, BrokerUnavailable, InboxFull
-from imrelay.messages.message_ids import MessageIds
-from imrelay.messages.outgoing import ack_frame, error_frame, to_node
-from imrelay.messages.submission import ClientAck, ClientPing, Submission, parse
-from imrelay.sessions.registry import Registry
-from imrelay.sessions.resends import Resends
+from imrelay.broker.mailbox import Delivery
+from imrelay.sessions.intake import Intake, SessionState
+from imrelay.sessions.services import Services
 from imrelay.sessions.subprotocols import V1, Frame, Plain, choose
-from imrelay.settings.values import WebSocketConfig
 from imrelay.websocket import ConnectionClosed, WebSocket
 
-__all__ = ["Services", "Session", "SessionState"]
+__all__ = ["Session"]
 
 logger = logging.getLogger(__name__)
 
-#: Frames of one browser that were read and not yet answered; with so many its socket is not read.
-_MAX_UNANSWERED = 256
-#: Bytes of answers that wait to be written; with so many the socket is not read. One answer may be larger.
-_MAX_ANSWER_BYTES = 65_536
 #: Bytes that are written to a browser at once, before they are acknowledged to the broker.
 _CHUNK = 65_536
 #: Seconds for the broker to confirm the end of a channel; then the session is forgotten all the same.
 _DETACH_TIMEOUT = 2.0
-
-
-class SessionState(enum.Enum):
-    """Where the life of a session stands."""
-
-    CONNECTING = "connecting"
-    OPEN = "open"
-    CLOSING = "closing"
-    CLOSED = "closed"
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What all sessions of a process share."""
-
-    registry: Registry
-    consumers: ConsumerPool
-    publisher: Publisher
-    mids: MessageIds
-    relays: RelayQueue
-    limits: WebSocketConfig
-    #: Whether bodies are wrapped as the article's Node.js server does (`envelope = node`).
-    node_envelope: bool
-    #: Messages that a socket remembers, to know repeats of them.
-    remembered: int
 
 
 class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # not subscriptable before Python 3.11
@@ -80,48 +39,20 @@ class _Log(logging.LoggerAdapter):  # type: ignore[type-arg]  # not subscriptabl
         return "session of {}: {}".format(ascii(user).replace("%", "%%"), msg), kwargs
 
 
-class Session:
+class Session(Intake):
     """One browser socket from the handshake to its end."""
 
-    __slots__ = (
-        "_consumer",
-        "_ending",
-        "_is_paused",
-        "_mailbox",
-        "_protocol",
-        "_received",
-        "_resends",
-        "_sent",
-        "_services",
-        "_since",
-        "_unanswered",
-        "_waiting",
-        "_websocket",
-        "id",
-        "state",
-        "user",
-    )
+    __slots__ = ("_consumer", "_ending", "_sent", "_since", "id")
 
     def __init__(self, user: str, services: Services) -> None:
         """Join the registry; the socket is not upgraded yet."""
-        self.user = user
+        super().__init__(user, services)
         #: What the welcome of `imrelay.v1` names; empty for a plain client.
         self.id = ""
-        self.state = SessionState.CONNECTING
-        self._services = services
-        self._websocket: WebSocket | None = None
-        #: Frames that were read and not yet answered.
-        self._unanswered = 0
-        #: The message for which the publisher has no room yet.
-        self._waiting: Publication | None = None
-        #: Whether the browser is not read for the moment.
-        self._is_paused = False
-        self._received = self._sent = 0
-        self._resends: Resends | None = None
+        self._sent = 0
         #: Close code and reason for when the mailbox is closed and empty.
         self._ending = (1000, "")
         self._since = time.monotonic()
-        self._mailbox = Mailbox(services.limits.max_send_buffer)
         self._consumer: Consumer = services.consumers.prepare(user, self._mailbox)
         self._protocol = self._choose(None)
         services.registry.join(self)
@@ -261,120 +192,6 @@ class Session:
     def _set_state(self, state: SessionState) -> None:
         logger.debug("session of %s: %s -> %s", ascii(self.user), self.state.value, state.value)
         self.state = state
-
-    # -- what the browser sends, in the event loop ------------------------------------------------------------
-
-    def _receive(self, payload: bytes, binary: bool) -> None:
-        """Check what the browser sent, and queue it for the publisher. Does not block."""
-        if self.state is not SessionState.OPEN:
-            return
-        self._received += 1
-        self._unanswered += 1
-        try:
-            frame = parse(payload, binary, self.user)
-            if isinstance(frame, Submission):
-                self._submit(frame, payload)
-            else:
-                self._control(frame)
-        except AnswerableError as error:
-            self._mailbox.put(error_frame(error))
-        except Exception:
-            self._log.exception("what its browser sent met a fault of the relay's")
-            self.close(1011, "a fault of the relay's")
-            return
-        if self._must_pause and self._websocket is not None:
-            self._is_paused = True
-            self._websocket.pause()
-
-    @property
-    def _must_pause(self) -> bool:
-        """Whether a message waits for room, or so much is to be answered or written that no more is read."""
-        return (
-            self._unanswered >= _MAX_UNANSWERED
-            or self._waiting is not None
-            or self._mailbox.answer_bytes >= _MAX_ANSWER_BYTES
-        )
-
-    def _go_on_reading(self) -> None:
-        """Read the browser again, if there is no longer a reason to pause; called from anywhere."""
-        if self._is_paused and not self._must_pause and self._websocket is not None:
-            self._is_paused = False
-            self._websocket.resume()
-
-    def _on_room(self) -> None:
-        """The message that waited is with the publisher, or was refused; called in the event loop."""
-        self._waiting = None
-        self._go_on_reading()
-
-    def _note_answered(self, count: int) -> None:
-        """Note that frames are answered, or need no answer; called from anywhere."""
-        self._unanswered -= count
-        if self._is_paused:
-            self._go_on_reading()
-
-    def _control(self, frame: ClientAck | ClientPing) -> None:
-        answer = self._protocol.control(frame)
-        if answer is not None:
-            self._mailbox.put(answer)
-        else:
-            self._note_answered(1)
-
-    def _submit(self, submission: Submission, sent: bytes) -> None:
-        """Queue a message for the publisher, or have it wait for room there. Raises `AnswerableError`.
-
-        It keeps its message id where its sender was told that it may have arrived and sends the same bytes again.
-        """
-        if self._services.registry.is_draining:
-            raise BrokerUnavailable("the relay is stopping; this message was not accepted", submission.message_id)
-        body = to_node(submission.body, submission.binary) if self._services.node_envelope else submission.body
-        again = None
-        if self._resends is not None and submission.message_id is not None:
-            again = self._resends.find(submission.message_id, sent, submission.binary)
-        mid, time_ms = again or self._services.mids.next()
-        publication = Publication(
-            submission.to,
-            body,
-            submission.binary,
-            mid,
-            time_ms,
-            submission.message_id,
-            self._answer,
-            sent,
-        )
-        try:
-            if not self._services.publisher.publish(publication, self._on_room):
-                self._waiting = publication
-        except AnswerableError as error:
-            error.message_id = submission.message_id
-            raise
-
-    def _answer(self, publication: Publication, error: AnswerableError | None) -> None:
-        """Tell the browser what became of its message; called by the publisher, from anywhere."""
-        try:
-            self._put_answer(publication, error)
-        except Exception:
-            self._log.exception("an answer to its browser met a fault of the relay's")
-            self.close(1011, "a fault of the relay's")
-
-    def _put_answer(self, publication: Publication, error: AnswerableError | None) -> None:
-        if error is not None:
-            error.message_id = publication.message_id
-            if publication.message_id is not None and (error.uncertain or isinstance(error, InboxFull)):
-                self._resends = self._resends or Resends()
-                self._resends.remember(
-                    publication.message_id,
-                    publication.sent,
-                    publication.binary,
-                    publication.mid,
-                    publication.time_ms,
-                )
-            self._mailbox.put(error_frame(error))
-        elif publication.message_id is not None:
-            if self._resends is not None:
-                self._resends.forget(publication.message_id)
-            self._mailbox.put(ack_frame(publication.message_id, publication.mid, publication.time_ms))
-        else:
-            self._note_answered(1)
 
     # -- what the browser gets, in the session's greenlet -----------------------------------------------------
 

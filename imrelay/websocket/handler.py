@@ -10,7 +10,8 @@ from gevent.pywsgi import WSGIHandler
 
 from imrelay.websocket.exceptions import ConnectionClosed
 from imrelay.websocket.handshake import Handshake, Refusal, check_handshake, is_upgrade
-from imrelay.websocket.request_handler import NO_HTTP, RequestHandler
+from imrelay.websocket.http_state import NO_HTTP
+from imrelay.websocket.request_handler import RequestHandler
 from imrelay.websocket.transport import READ_SIZE, WOULD_BLOCK
 from imrelay.websocket.upgrade import UPGRADE, Endpoint, Upgrade
 from imrelay.websocket.websocket import WebSocket

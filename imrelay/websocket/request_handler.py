@@ -23,7 +23,6 @@ from imrelay.websocket.fairness import yield_turn
 from imrelay.websocket.handshake import Refusal
 from imrelay.websocket.head import (
     Fields,
-    Framing,
     Malformed,
     check_request_line,
     check_target,
@@ -31,6 +30,7 @@ from imrelay.websocket.head import (
     read_fields,
 )
 from imrelay.websocket.http_connections import CROWD_SECONDS, Admission, Place
+from imrelay.websocket.http_state import HttpState
 from imrelay.websocket.responses import Logged, body_of, phrase_of, whole_answer
 
 __all__ = ["RequestHandler"]
@@ -42,26 +42,6 @@ DRAIN_BYTES = 65_536
 #: What the access log says of bytes that were no request.
 _NO_REQUEST = {"RAW_URI": "-", "REQUEST_METHOD": "-", "SERVER_PROTOCOL": "-"}
 _FULL = Refusal(503, "too_many_connections", "this server has as many HTTP connections as it may; try again later")
-
-
-class _Http:
-    """What a connection has while it speaks plain HTTP. One object: a WebSocket lets go of it."""
-
-    __slots__ = ("framing", "is_counted", "is_crowded", "reader", "taking", "undecided")
-
-    def __init__(self, reader: SocketReader | None) -> None:
-        self.reader = reader
-        #: What is left of the time for the client to take the answer.
-        self.taking = Allowance(0.0)
-        self.framing = Framing(0, False)
-        #: Whether the connection is counted in `admission`, and came when that was full.
-        self.is_counted = self.is_crowded = False
-        #: The greenlet that waits for the head of one of the crowd.
-        self.undecided: gevent.Greenlet | None = None
-
-
-#: What all WebSockets have in place of their own.
-NO_HTTP = _Http(None)
 
 
 class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no types
@@ -81,7 +61,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     served_in_a_crowd: frozenset[str] = frozenset()
 
     _deadline: gevent.Timeout | None = None
-    _http: _Http
+    _http: HttpState
     _orig_status: str | None
     close_connection: bool
     code: int | None
@@ -97,7 +77,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
         reader = SocketReader(sock)
         super().__init__(sock, address, server, io.BufferedReader(reader))
-        self._http = _Http(reader)
+        self._http = HttpState(reader)
         self._http.taking = Allowance(self.answer_timeout)
 
     def handle(self) -> None:

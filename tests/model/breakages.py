@@ -25,6 +25,7 @@ _ACKNOWLEDGEMENTS = "broker/acknowledgements.py"
 _BATCHES = "broker/batch_writer.py"
 _CONSUMER = "broker/consumer.py"
 _HUB = "sessions/registry.py"
+_INTAKE = "sessions/intake.py"
 _LEDGER = "broker/ledger.py"
 _LIVE = "broker/live_queue.py"
 _MAILBOX = "broker/mailbox.py"
@@ -255,7 +256,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         "no-answers-after-an-error",
-        _SESSION,
+        _INTAKE,
         "            self._mailbox.put(ack_frame(publication.message_id, publication.mid, publication.time_ms))\n",
         "            if self._resends is None:\n"
         "                self._mailbox.put(\n"
@@ -264,7 +265,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage("uncertain-not-said", _LEDGER, "uncertain=publication.handed_over)", "uncertain=False)"),
     Breakage(
         "sent-again-under-a-new-id",
-        _SESSION,
+        _INTAKE,
         "            again = self._resends.find(submission.message_id, sent, submission.binary)\n",
         "            again = None\n",
     ),

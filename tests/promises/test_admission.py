@@ -22,7 +22,7 @@ from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.messages.message_ids import MessageIds
 from imrelay.sessions.registry import Registry
-from imrelay.sessions.session import Services
+from imrelay.sessions.services import Services
 from imrelay.settings.values import InboxConfig, WebSocketConfig
 from tests.support.browser import Browser, in_background, wait_until_ready
 from tests.support.counted import CountedRelay

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from imrelay.app import create_app
-from imrelay.sessions.session import Services
+from imrelay.sessions.services import Services
 from tests.conftest import RelayFactory
 from tests.support.browser import Browser, wait_until_ready
 from tests.support.harness import RelayProcess, eventually, plain_environment

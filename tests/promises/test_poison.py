@@ -14,7 +14,9 @@ from imrelay.broker.mailbox import Delivery
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.sessions import subprotocols
-from imrelay.sessions.session import Services, Session, SessionState
+from imrelay.sessions.intake import SessionState
+from imrelay.sessions.services import Services
+from imrelay.sessions.session import Session
 from imrelay.settings.values import InboxConfig, WebSocketConfig
 from tests.support.brokers import amqp
 from tests.support.harness import VirtualHost, eventually

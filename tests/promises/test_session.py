@@ -15,9 +15,11 @@ from imrelay.broker.codec import Delivery
 from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.publication import Publication
 from imrelay.messages.message_ids import MessageIds
-from imrelay.sessions import session as session_module
+from imrelay.sessions import intake
+from imrelay.sessions.intake import SessionState
 from imrelay.sessions.registry import Registry
-from imrelay.sessions.session import Services, Session, SessionState
+from imrelay.sessions.services import Services
+from imrelay.sessions.session import Session
 from imrelay.settings.values import WebSocketConfig
 from imrelay.websocket import ConnectionClosed
 from tests.conftest import RelayFactory
@@ -239,7 +241,7 @@ def test_a_fault_while_a_message_is_read_ends_the_session(
 ) -> None:
     """What fails in the event loop ends the session with 1011 and is logged; what follows is not looked at."""
     bench.open()
-    monkeypatch.setattr(session_module, "parse", raise_fault)
+    monkeypatch.setattr(intake, "parse", raise_fault)
     bench.socket.receive(b"{}", b"{}")
     bench.expect_ended(1011)
     assert bench.socket.received == 1
@@ -253,7 +255,7 @@ def test_a_fault_of_an_answer_ends_the_session(
     bench.open()
     bench.socket.receive(b'{"to":{"id":"ben"},"id":1}')
     eventually(lambda: bench.publisher.publications, sleep=gevent.sleep)
-    monkeypatch.setattr(session_module, "ack_frame", raise_fault)
+    monkeypatch.setattr(intake, "ack_frame", raise_fault)
     (publication,) = bench.publisher.publications
     publication.on_done(publication, None)
     bench.expect_ended(1011)
