@@ -138,7 +138,12 @@ class FrameParser:
             self._tail = b""
         self.has_more = False
         try:
-            position = self._parse(data, budget, events)
+            if not self._left:
+                position = self._parse(data, 0, budget, events)
+            else:
+                position = self._take_piece(data, 0, events)
+                if not self._left and not self._done:
+                    position = self._parse(data, position, budget - self._price(), events)
         except FrameError as error:
             self.failure = error
             self._stop()
@@ -153,52 +158,39 @@ class FrameParser:
         self._message = self._frame = self._decoder = None
         self._left = 0
 
-    def _parse(self, data: bytes, budget: int, events: list[Event]) -> int:
-        position, end = 0, len(data)
-        if self._left:
-            position = self._take_piece(data, 0, events)
-            if self._left or self._done:
-                return position
-            budget -= self._price()
+    def _parse(self, data: bytes, position: int, budget: int, events: list[Event]) -> int:
+        """Parse what begins with the head of a frame; return the position behind what was parsed."""
+        # One long loop: a call costs as much as all checks of a small message, so only what is rare has one.
+        end = len(data)
         while budget > 0:
-            start = position + 2
-            if start > end:
+            if (start := position + 2) > end:
                 if position < end:
                     self._check_first(data[position])
                 break
             first, second = data[position], data[position + 1]
-            opcode = first & 0x0F
+            opcode, size = first & 0x0F, second & 0x7F
             if first != 0x81 or self._opcode:
                 self._check_first(first)
             if not second & MASKED:
                 raise FrameError(1002, "frame is not masked")
-            size = second & 0x7F
-            if opcode >= CLOSE:
-                if size > MAX_CONTROL:
+            if size > MAX_CONTROL:  # it is no size, but says how wide that is
+                if opcode >= CLOSE:
                     raise FrameError(1002, "control frame is over 125 bytes")
-            elif size > 125:
                 width = 2 if size == 126 else 8
                 if start + width > end:
                     break
                 size = int.from_bytes(data[start : start + width], "big")
-                if size < 126 or (width == 8 and size < 0x10000):
-                    raise FrameError(1002, "frame length is not in its shortest form")
-                if size >> 63:
-                    raise FrameError(1002, "frame length has its highest bit set")
+                if size < 126 or (width == 8 and (size < 0x10000 or size >> 63)):
+                    self._refuse_size(size)
                 start += width
             body = start + 4
             if opcode < CLOSE and self._wire + size > self._max_wire:
                 raise FrameError(1009, f"message is over {self._max_size} bytes")
-            after = body + size
-            if after <= end:
+            if (after := body + size) <= end:
                 payload = apply_mask(data[body:after], data[start:body]) if size else b""
                 position = after
                 if opcode >= CLOSE:
-                    if opcode == CLOSE:
-                        read_close(payload)
-                        self._stop()  # what follows a close frame is not looked at
-                        budget = 0
-                    events.append((opcode, payload))
+                    budget = self._take_control(opcode, payload, budget, events)
                 elif first & FIN and not self._opcode and not first & RSV1:
                     if opcode == TEXT and not payload.isascii():
                         _check_text(_Utf8Decoder(), payload, True)
@@ -212,11 +204,25 @@ class FrameParser:
                 break
             else:
                 self._begin_frame(first, size)
-                self._left = size
-                self._mask = data[start:body]
+                self._left, self._mask = size, data[start:body]
                 return self._take_piece(data, body, events)
         self.has_more = budget <= 0 and position < end and not self._done
         return position
+
+    @staticmethod
+    def _refuse_size(size: int) -> None:
+        if size >> 63:
+            raise FrameError(1002, "frame length has its highest bit set")
+        raise FrameError(1002, "frame length is not in its shortest form")
+
+    def _take_control(self, opcode: int, payload: bytes, budget: int, events: list[Event]) -> int:
+        """Give out a control frame; return the budget, which a close frame ends: what follows is not looked at."""
+        if opcode == CLOSE:
+            read_close(payload)
+            self._stop()
+            budget = 0
+        events.append((opcode, payload))
+        return budget
 
     def _price(self) -> int:
         """Return how much of the budget the last data frame used up: inflating counts as more than a frame."""
