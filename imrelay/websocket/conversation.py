@@ -1,9 +1,4 @@
-"""The conversation with one peer, in the event loop: frames in and out, messages, liveness, the closing handshake.
-
-    OPEN        messages go both ways
-    CLOSING     our close frame is out, the peer's is awaited; messages are thrown away
-    LINGERING   the last frame is written: what is left is flushed, and input drained until the peer is gone
-    CLOSED      the TCP connection is gone
+"""The conversation with one peer, in the event loop: frames in and out, messages, liveness.
 
 Messages wait for a greenlet that receives them, or are given to the application's callback, unless that has paused
 them.
@@ -15,7 +10,6 @@ to the peer. Pings, closes and the end of the connection are then seen when the 
 
 from __future__ import annotations
 
-import enum
 import logging
 from collections.abc import Callable
 from time import monotonic
@@ -23,15 +17,15 @@ from typing import Any
 
 from gevent.hub import Hub
 
+from imrelay.websocket.closing import NEVER, Closing, SocketState
 from imrelay.websocket.deflate import Deflate
 from imrelay.websocket.exceptions import FrameError
 from imrelay.websocket.frames import BINARY, CLOSE, PING, PONG, encode_close, encode_frame, read_close
-from imrelay.websocket.outbox import Write
 from imrelay.websocket.parser import FrameParser
 from imrelay.websocket.sweeper import sweeper_of
-from imrelay.websocket.transport import Limits, Transport, resume
+from imrelay.websocket.transport import Limits, resume
 
-__all__ = ["Conversation", "OnMessage", "SocketState"]
+__all__ = ["Conversation", "OnMessage"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,19 +38,8 @@ LAST_WORDS = 1.0
 #: Bytes that show, at the deadline of a pong, that a large message keeps the peer from sending it.
 ALIVE_BYTES = 4096
 
-_NEVER = float("inf")
-
 #: Takes one message in the event loop: the payload, that of a text being UTF-8, and whether it is binary.
 OnMessage = Callable[[bytes, bool], None]
-
-
-class SocketState(enum.Enum):
-    """Where a socket is between the upgrade and the end of its TCP connection."""
-
-    OPEN = "open"
-    CLOSING = "closing"
-    LINGERING = "lingering"
-    CLOSED = "closed"
 
 
 _OPEN, _CLOSING, _LINGERING, _CLOSED = (
@@ -67,16 +50,15 @@ _OPEN, _CLOSING, _LINGERING, _CLOSED = (
 )
 
 
-class Conversation(Transport):
+class Conversation(Closing):
     """What goes on without the application. Nothing here blocks.
 
-    All that changes stands in this one object: there is one for each socket, and a second one would take memory.
+    It is one object with the transport below and the WebSocket above: there is one for each socket, and each
+    further object would take memory.
     """
 
     __slots__ = (
-        "_closers",
         "_deflate",
-        "_ending",
         "_going_on",
         "_held",
         "_is_paused",
@@ -91,9 +73,6 @@ class Conversation(Transport):
         "_queued",
         "_received",
         "_receiver",
-        "_state",
-        "close_code",
-        "close_reason",
         "subprotocol",
     )
 
@@ -107,15 +86,12 @@ class Conversation(Transport):
         deflate: Deflate | None = None,
     ) -> None:
         super().__init__(sock, hub, limits)
-        self.close_code: int | None = None
-        self.close_reason = ""
         #: The subprotocol that was agreed on, or None.
         self.subprotocol = subprotocol
         self._deflate = deflate
         self._parser = FrameParser(
             max_size=limits.max_message_size, inflate=None if deflate is None else deflate.inflate
         )
-        self._state = _OPEN
         #: Payload, and whether it is binary.
         self._messages: list[tuple[bytes, bool]] = []
         self._queued = 0  # bytes in _messages
@@ -125,16 +101,13 @@ class Conversation(Transport):
         self._on_close: Callable[[], None] | None = None
         #: Whether the application wants no messages for the moment.
         self._is_paused = False
-        self._closers: list[Any] | None = None
-        #: Code, reason and answer of an end that waits for the messages before it to be taken.
-        self._ending: tuple[int, str, bytes] | None = None
         self._held = False  # too many messages wait: nothing is read
         self._going_on = False  # _go_on is scheduled
         self._received = 0
         self._mark = 0  # _received when the last ping was sent
         self._pings = 0
-        self._pong_due = _NEVER
-        self._next_ping = _NEVER
+        self._pong_due = NEVER
+        self._next_ping = NEVER
 
     def start(self, data: bytes = b"") -> None:
         """Begin to read; `data` is what the client sent behind its handshake. Called once, by the handler."""
@@ -149,16 +122,6 @@ class Conversation(Transport):
         if data:
             self._received += len(data)
             self._take_in(data)
-
-    def _write_frames(self, frames: bytes, *, pong: bool = False) -> Write | None:
-        """Write, and end the socket where that fails; return what waits."""
-        try:
-            return self._write(frames, pong=pong)
-        except BufferError as error:
-            self._give_up_on(str(error))
-        except OSError as error:
-            self._on_lost(f"connection lost: {error.strerror or error}")
-        return None
 
     # -- receiving -------------------------------------------------------------------------------------------
 
@@ -249,7 +212,7 @@ class Conversation(Transport):
         else:
             if self._held:
                 self._held = False
-                if self._pong_due is not _NEVER:
+                if self._pong_due is not NEVER:
                     # The pong may have waited in the kernel all the while.
                     self._pong_due = monotonic() + self._limits.ping_timeout
             self._start_reading()
@@ -278,14 +241,6 @@ class Conversation(Transport):
             logger.exception("reading a socket failed")
             self._on_bug()
 
-    def _on_end_of_stream(self) -> None:
-        if self._state is _LINGERING and self._outbox is not None:
-            self._stop_reading()  # half-closed by the peer, which may still take the rest
-        elif self._state is _OPEN:
-            self._on_lost("connection lost: end of stream")
-        else:
-            self._finish()
-
     # -- liveness, in the sweeper ----------------------------------------------------------------------------
 
     def on_due(self, now: float) -> None:
@@ -309,7 +264,7 @@ class Conversation(Transport):
                 return
             self._mark = self._received
             self._pong_due = now + limits.ping_timeout
-        elif self._pong_due is _NEVER and self._next_ping <= now:
+        elif self._pong_due is NEVER and self._next_ping <= now:
             self._pings = (self._pings + 1) & 0xFFFFFFFF
             self._mark = self._received
             self._pong_due = now + limits.ping_timeout
@@ -317,100 +272,16 @@ class Conversation(Transport):
             self._write_frames(encode_frame(PING, self._pings.to_bytes(4, "big")))
             if self._state is not _OPEN:
                 return
-        self.due = self._next_ping if self._pong_due is _NEVER else self._pong_due
+        self.due = self._next_ping if self._pong_due is NEVER else self._pong_due
         if self._outbox is not None:
             self.due = min(self.due, self._outbox.due)
 
     def _note_pong(self, payload: bytes) -> None:
-        if payload == self._pings.to_bytes(4, "big") and self._pong_due is not _NEVER:
-            self._pong_due = _NEVER
+        if payload == self._pings.to_bytes(4, "big") and self._pong_due is not NEVER:
+            self._pong_due = NEVER
             self.due = min(self.due, self._next_ping)
 
     # -- the end ---------------------------------------------------------------------------------------------
-
-    def _end_now(self) -> None:
-        """Answer the peer's close frame, or tell it what it did wrong; the application has had its turn."""
-        ending, self._ending = self._ending, None
-        if ending is not None and self._state is _OPEN:  # else something else has ended it meanwhile
-            code, reason, frame = ending
-            self._end(code, reason, frame, _LINGERING)
-
-    def _end(self, code: int, reason: str, frame: bytes, state: SocketState) -> None:
-        """Leave OPEN with our last frame."""
-        self.close_code, self.close_reason = code, reason
-        self._enter(state)
-        self.due = monotonic() + self._limits.close_timeout
-        try:
-            self._write(frame, last=True)
-        except OSError:
-            self._finish()
-            return
-        if state is _LINGERING:
-            self._linger()
-        elif not self._reading:
-            self._schedule()
-
-    def _linger(self) -> None:
-        """Both sides are done: flush, say so, and drain what the peer still sends."""
-        self._enter(_LINGERING)
-        self.due = monotonic() + self._limits.close_timeout
-        if self._outbox is None:
-            self._half_close()
-        self._start_reading()
-
-    def _on_flushed(self) -> None:
-        if self._state is _LINGERING:
-            self._half_close()
-            self._start_reading()  # an end of stream that came before is seen again
-
-    def _give_up_on(self, reason: str) -> None:
-        """End the socket of a peer that is too slow; the close frame goes where it does not wait."""
-        self.close_code, self.close_reason = 4408, f"too slow: {reason}"
-        frame = encode_close(4408, self.close_reason)
-        outbox = self._outbox
-        if outbox is not None and outbox.is_at_frame:
-            try:
-                told = self._raw.send(frame) == len(frame)
-            except OSError:
-                told = False
-            if told:
-                self._outbox = None
-                self._writer.stop()
-                self._hub.loop.run_callback(self._wake_senders, outbox.drop())
-                self._linger()
-                return
-        self._finish(reset=True)
-
-    def _on_lost(self, reason: str, *, reset: bool = False) -> None:
-        if self._state is _OPEN:
-            self.close_code, self.close_reason = 1006, reason
-        self._finish(reset=reset)
-
-    def abort(self) -> None:
-        """End the TCP connection at once, without a close frame; for those who cannot wait."""
-        self._on_lost("connection dropped")
-
-    def _on_bug(self) -> None:
-        if self._state is _OPEN:
-            self._end(1011, "internal error", encode_close(1011, "internal error"), _LINGERING)
-        else:
-            self._finish()
-
-    def _finish(self, *, reset: bool = False) -> None:
-        if self._state is _CLOSED:
-            return
-        self._enter(_CLOSED)
-        self.due = _NEVER
-        sweeper_of(self._hub).discard(self)
-        self._release(reset=reset)
-
-    def _enter(self, state: SocketState) -> None:
-        """Change the state, and wake who waits for that."""
-        if state is self._state:
-            return
-        logger.debug("WebSocket %x: %s (%s %s)", id(self), state.value, self.close_code, self.close_reason)
-        self._state = state
-        self._hub.loop.run_callback(self._wake_waiters)
 
     def _tell_end(self) -> None:
         """Call `on_close`, once, when nothing can be sent any more and all that came before has been taken."""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from gevent import getcurrent
 
-from imrelay.websocket.conversation import Conversation, OnMessage, SocketState
+from imrelay.websocket.closing import SocketState
+from imrelay.websocket.conversation import Conversation, OnMessage
 from imrelay.websocket.exceptions import ConcurrentReceive, ConnectionClosed
 from imrelay.websocket.frames import (
     BINARY,

@@ -8,7 +8,7 @@ import gevent
 import pytest
 from gevent import socket
 
-from imrelay.websocket import ConnectionClosed, WebSocket, WebSocketHandler, conversation
+from imrelay.websocket import ConnectionClosed, WebSocket, WebSocketHandler, closing, conversation
 from imrelay.websocket.fairness import turns_of
 from tests.support.websocket_peer import CLOSE, PING, PONG, TEXT, close_frame, frame
 
@@ -26,6 +26,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(conversation, "monotonic", clock)
+    monkeypatch.setattr(closing, "monotonic", clock)
     return clock
 
 
