@@ -189,9 +189,10 @@ class Subscription:
 
     def _note_taken(self, taken: Sequence[Delivery]) -> None:
         """Take note of what the browser has taken, while there is a live queue."""
-        if self._live is not None:
-            self._live.note_taken(taken)
-            if self.state is _PROMOTING or self.state is _PROMOTED:
+        live = self._live
+        if live is not None:
+            live.note_taken(taken)
+            if self.state is not _STANDING_BY:  # the inbox may have begun to deliver
                 self._ack_copies()
 
     def _ack_copies(self) -> None:
