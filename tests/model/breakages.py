@@ -134,8 +134,8 @@ BREAKAGES: tuple[Breakage, ...] = (
     Breakage(
         "not-promoted",
         _SUBSCRIPTION,
-        "                self._promote(channel, live)\n",
-        "                pass\n",
+        "        else:\n            self._start_promotion(channel, live)\n",
+        "        else:\n            self._enter(_PROMOTING)\n",
     ),
     Breakage(
         "held-dropped",

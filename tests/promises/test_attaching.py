@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 
 import gevent
@@ -219,6 +220,29 @@ def test_a_socket_that_closes_during_its_promotion_gives_back_what_it_has_not_ta
             bodies += third.bodies()
         assert bodies == ([b"two"] if takes else [b"one", b"two"])
     third.consumer.close()
+
+
+def test_each_state_of_a_consumer_is_logged(
+    pool: ConsumerPool, broker: VirtualHost, user: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second socket of a user stands by, is promoted when the first closes, and is closed for good."""
+    first = Socket(pool, user)
+    first.wait_attached()
+    assert first.consumer.state is ConsumerState.ACTIVE
+    with caplog.at_level(logging.DEBUG, logger="imrelay.broker.subscription"):
+        second = Socket(pool, user)
+        second.wait_attached()
+        assert second.consumer.state is ConsumerState.STANDING_BY
+        first.consumer.close()
+        assert first.consumer.state is ConsumerState.CLOSED
+        with amqp(broker.url) as channel:
+            channel.basic_publish("direct_message", user, b"for who is promoted", mandatory=True)
+        eventually(lambda: second.consumer.state is ConsumerState.ACTIVE, PATIENCE, sleep=gevent.sleep)
+        for _ in range(2):
+            second.consumer.close()
+    states = [record.args[1] for record in caplog.records if isinstance(record.args, tuple)]
+    states.remove("CLOSED")  # the first one
+    assert states == ["ATTACHING", "BINDING", "STANDING_BY", "PROMOTING", "ACTIVE", "CLOSED"]
 
 
 @pytest.mark.parametrize("queue_type", ["classic", "quorum"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -268,6 +269,25 @@ def test_a_message_that_comes_back_again_and_again_is_no_tight_loop(
         assert not error.uncertain, "it came back"
         assert 2 <= asked <= 5
         eventually(lambda: not sender.publisher._routes.by_user, PATIENCE, sleep=gevent.sleep)
+
+
+@pytest.mark.parametrize(
+    ("queue_type", "states"), [("classic", ["ASKED", "FOUND"]), ("quorum", ["ASKED", "FOUND", "ALONE"])]
+)
+def test_each_state_of_a_route_is_logged(
+    broker: VirtualHost, queue_type: str, states: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first messages to a user wait for the inbox; to a quorum queue the first of them goes alone."""
+    with (
+        caplog.at_level(logging.DEBUG, logger="imrelay.broker.route"),
+        running_publisher(broker.url, inbox=InboxConfig(queue_type=queue_type)) as sender,
+    ):
+        for number in range(3):
+            sender.send("ben", f"m{number}")
+        assert sender.wait() == {f"m{number}": None for number in range(3)}
+        assert not sender.publisher._routes.by_user
+    changes = [record.args for record in caplog.records if record.name == "imrelay.broker.route"]
+    assert [change[1] for change in changes if isinstance(change, tuple)] == states
 
 
 def test_one_inbox_that_does_not_answer_holds_up_nobody_else(
