@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+from json.encoder import encode_basestring
 from typing import Any
 
 from imrelay.errors import AnswerableError, BadMessage
@@ -26,7 +27,9 @@ _decode = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 def ack_frame(message_id: str | int, mid: str, time_ms: int) -> bytes:
     """Write the answer to a message that the broker confirmed (PROTOCOL section 3)."""
-    return _dump({"ack": {"id": message_id, "mid": mid, "time": time_ms}}).encode()
+    # written by hand, since each message gets one: a JSON encoder takes five times as long
+    written = str(message_id) if isinstance(message_id, int) else encode_basestring(message_id)
+    return f'{{"ack":{{"id":{written},"mid":"{mid}","time":{time_ms}}}}}'.encode()
 
 
 def error_frame(error: AnswerableError) -> bytes:
@@ -63,10 +66,10 @@ def v1_frame(
     if is_message:
         inner = b'"message":' + payload
     elif is_utf8(payload):
-        inner = b'"message":' + _dump(payload.decode()).encode()
+        inner = b'"message":' + encode_basestring(payload.decode()).encode()
     else:
         inner = b'"message_base64":"' + base64.b64encode(payload) + b'"'
-    mid_part = b"" if mid is None else b'"mid":' + _dump(mid).encode() + b","
+    mid_part = b"" if mid is None else b'"mid":' + encode_basestring(mid).encode() + b","
     time_part = b"" if time_ms is None else b'"time":%d,' % time_ms
     return b'{"seq":%d,%b%b%b%b}' % (
         seq,
