@@ -40,6 +40,7 @@ _REPLIES: dict[type[Method], type[Method]] = {
     spec.Queue.Declare: spec.Queue.DeclareOk,
     spec.Queue.Delete: spec.Queue.DeleteOk,
     spec.Queue.Purge: spec.Queue.PurgeOk,
+    spec.Queue.Unbind: spec.Queue.UnbindOk,
 }
 
 #: Seconds for the broker to answer all methods of one `call`. A declare may hang for ever, at a queue whose leader

@@ -33,12 +33,14 @@ _LEADERLESS = 10.0
 class LiveQueue:
     """The live queue of one consumer on one channel, and the deliveries that are set aside because of it."""
 
-    __slots__ = ("_is_settled", "_taken", "early", "held", "is_ending", "name", "overflow", "set_aside")
+    __slots__ = ("_is_settled", "_taken", "early", "held", "is_ending", "name", "overflow", "set_aside", "unbind")
 
     def __init__(self, *, is_alone: bool) -> None:
         """Begin; `is_alone`: the inbox had no consumer when this one came, so it may be the active one."""
         #: As the broker names it; empty until `open` has returned.
         self.name = ""
+        #: What is to be sent before it ends, see `Topology.unbind_live`; None until `open` has returned.
+        self.unbind: Method | None = None
         #: Whether it is clear that the inbox has nothing older to give than what comes from the live queue.
         self._is_settled = not is_alone
         #: What came from it before that was clear.
@@ -61,6 +63,7 @@ class LiveQueue:
         # answer says that it has been bound.
         declare, bind, ask = topology.declare_live(), topology.bind_live(user, ""), topology.ask_inbox(user)
         self.name = channel.call(declare, topology.consume_live(""), bind, ask)[0].queue
+        self.unbind = topology.unbind_live(user, self.name)
 
     def wait_for_leader(self, channel: Channel, ask: Method) -> None:
         """Block until the inbox counts its consumer or gives something, or for `_LEADERLESS` seconds.
@@ -85,7 +88,8 @@ class LiveQueue:
             deliver(self.settle())
             gevent.sleep(pause)
         self.is_ending = True
-        channel.call(spec.Basic.Cancel(LIVE_TAG))  # the last consumer: the live queue goes with it
+        assert self.unbind is not None  # `open` has returned
+        channel.call(self.unbind, spec.Basic.Cancel(LIVE_TAG))  # the last consumer: the live queue goes with it
 
     def hold(self, delivery: Delivery) -> None:
         """Set aside a delivery of the inbox, which has begun to give."""

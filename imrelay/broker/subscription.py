@@ -179,6 +179,8 @@ class Subscription:
         """
         self._ack_copies()
         self.acks.stop()
+        if self._channel is not None and self._live is not None and self._live.unbind is not None:
+            self._channel.send(self._live.unbind)
         self._channel = None
         self._live = None
         if self.state is not ConsumerState.CLOSED:

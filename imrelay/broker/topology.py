@@ -156,6 +156,14 @@ class Topology:
         exchange = self.user_exchange(user)
         return spec.Queue.Bind(queue=live, exchange=exchange, routing_key=_EVERY_MESSAGE, nowait=True)
 
+    def unbind_live(self, user: str, live: str) -> Method:
+        """`queue.unbind` of a live queue, before it is deleted.
+
+        A message that is routed to a queue which is just gone is refused by RabbitMQ (`basic.nack`), though the
+        inbox has taken it.
+        """
+        return spec.Queue.Unbind(queue=live, exchange=self.user_exchange(user), routing_key=_EVERY_MESSAGE)
+
     @staticmethod
     def consume_live(live: str) -> Method:
         """`basic.consume` with manual acknowledgement on a live queue."""

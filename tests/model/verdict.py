@@ -64,10 +64,28 @@ def _of_refused(history: History, message: Message, seen_by: list[Session]) -> I
     for session in seen_by:
         if code != "inbox_full":
             yield f"{message} got {code} for certain and came to {session.name}"
+        elif _may_have_met_a_queue_that_ended(history, message):
+            continue
         elif session.opened_at > message.answers[0].at or (
             history.was_only(session) and not history.begins_live  # else its live queue may have shown it
         ):
             yield f"{message} got inbox_full and was kept all the same: it came to {session.name}"
+
+
+def _may_have_met_a_queue_that_ended(history: History, message: Message) -> bool:
+    """Tell whether a socket of the recipient was ending when a message was sent, and with it a live queue.
+
+    RabbitMQ refuses a message that it has routed to a queue which is gone in that moment, though the inbox has it.
+    """
+    answered = message.answers[0].at
+    return any(
+        session.user == message.to
+        and session.ended_at is not None
+        and session.ended_at < answered
+        and not session.has_gone_by(message.sent_at)
+        and not (history.was_only(session) and not history.begins_live)
+        for session in history.sessions
+    )
 
 
 def _of_session(history: History, session: Session) -> Iterator[str]:
