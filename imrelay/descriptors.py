@@ -8,7 +8,7 @@ import resource
 from dataclasses import dataclass
 
 from imrelay.settings.values import Config, ServerConfig
-from imrelay.websocket import CROWD, Listener
+from imrelay.websocket import EXTRA_CONNECTIONS, Listener
 
 __all__ = ["Capacity", "allot"]
 
@@ -38,13 +38,13 @@ def allot(config: Config, *, places: int | None = None) -> Capacity:
     """
     server = config.server
     share = config.broker.channels_per_connection
-    reserve = _open_now() + Listener.max_accept + _SUNDRY + _PUBLISHING + 2 * CROWD
+    reserve = _open_now() + Listener.max_accept + _SUNDRY + _PUBLISHING + 2 * EXTRA_CONNECTIONS
     limit = _raise_limit(_needed(server, share) + reserve)
     free = max(2, limit - reserve)
     capacity, missing = _fit(server, free, share), _needed(server, share) - free
     short_of = f"the limit of {limit} open files (ulimit -n; LimitNOFILE= of a systemd unit)"
     if places is not None:
-        free = max(2, places - 2 * CROWD)
+        free = max(2, places - 2 * EXTRA_CONNECTIONS)
         by_places = _fit(server, free, None)
         if by_places.sockets < capacity.sockets or by_places.http < capacity.http:
             capacity, missing = by_places, _needed(server, None) - free

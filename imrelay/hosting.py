@@ -56,7 +56,7 @@ class HostedRelay:
 
             def handle(self) -> None:
                 """Serve one connection."""
-                self.admission = hosted._serving(self.server).admission
+                self.http_connections = hosted._serving(self.server).http_connections
                 hosted._watch(self.server)
                 super().handle()
 

@@ -12,7 +12,7 @@ import gevent
 
 from imrelay.app import create_app
 from imrelay.broker.connection import Connection
-from imrelay.broker.inbox_inspection import InboxKeeper
+from imrelay.broker.inbox_inspection import InboxInspector
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.publisher import Publisher
 from imrelay.broker.reconnection import Connections
@@ -27,9 +27,9 @@ from imrelay.sessions.registry import Registry
 from imrelay.sessions.services import Services
 from imrelay.sessions.subprotocols import SUBPROTOCOLS, remembered
 from imrelay.settings.values import Config
-from imrelay.websocket import Admission, Listener, WebSocketHandler
+from imrelay.websocket import HttpConnections, Listener, WebSocketHandler
 
-__all__ = ["Relay", "Server", "broker_urls", "handler_class", "inbox_keeper"]
+__all__ = ["Relay", "Server", "broker_urls", "handler_class", "inbox_inspector"]
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Relay:
             wait_given_back=self._consumers.wait_given_back,
         )
         #: Bounds the connections that are no browser sockets; for the WebSocket handler.
-        self.admission = Admission(capacity.http)
+        self.http_connections = HttpConnections(capacity.http)
         services = Services(
             self._registry,
             self._consumers,
@@ -122,7 +122,7 @@ class Relay:
 
 
 def handler_class(config: Config) -> type[WebSocketHandler]:
-    """Make a handler class with the limits of the settings; its owner sets `admission`."""
+    """Make a handler class with the limits of the settings; its owner sets `http_connections`."""
     server, limits = config.server, config.websocket
 
     class RelayHandler(WebSocketHandler):
@@ -138,7 +138,7 @@ def handler_class(config: Config) -> type[WebSocketHandler]:
         body_timeout = server.http_timeout
         answer_timeout = server.http_timeout
         max_body_size = server.max_body_size
-        served_in_a_crowd = frozenset(("/healthz", "/readyz"))
+        served_when_full = frozenset(("/healthz", "/readyz"))
         permessage_deflate = limits.permessage_deflate
         subprotocols = SUBPROTOCOLS
 
@@ -180,12 +180,12 @@ def broker_urls(config: Config) -> Callable[[], Sequence[str]]:
     return find
 
 
-def inbox_keeper(config: Config) -> InboxKeeper:
+def inbox_inspector(config: Config) -> InboxInspector:
     """Make what looks into inboxes on the configured broker."""
     connection = Connection(
         broker_urls(config), name="inbox", heartbeat=config.broker.heartbeat, tls=make_tls(config)
     )
-    return InboxKeeper(
+    return InboxInspector(
         connection, Topology(config.broker.exchange, config.inbox), timeout=config.broker.publish_timeout
     )
 
@@ -220,7 +220,7 @@ class Server:
         self._relay = relay
         relay.start()
         handler = handler_class(self._config)
-        handler.admission = relay.admission
+        handler.http_connections = relay.http_connections
         handler.logged = ()  # there is no access log
         self._wsgi = Listener(
             listener,

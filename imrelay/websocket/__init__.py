@@ -35,28 +35,28 @@ socket, and its request is over before that runs (`upgrade` has the rules and th
 deadline, each in a greenlet of its own, unless it is given `do_handshake_on_connect=False`.
 
 From the socket upwards: `transport` is the TCP connection with its `outbox`; `frames`, `parser` and `deflate`
-stand between bytes and messages; `conversation` is what goes on in the event loop, `websocket` what an application
-has of it; `sweeper` keeps the deadlines of all sockets, `fairness` their order. How it begins: `head`, `body`,
-`responses`, `ending`, `http_connections`, `listener`, `request_handler` for HTTP, then `handshake`, `upgrade`,
-`handler`.
+convert between bytes and messages; `closing` has the states of a socket, `conversation` what it does in the event
+loop, `websocket` what an application calls; `sweeper` enforces the deadlines of all sockets, `fairness` gives them
+turns. HTTP is in `head`, `body`, `responses`, `ending`, `http_connections`, `http_state`, `listener` and
+`request_handler`; `handshake`, `upgrade` and `handler` lead from a request to a WebSocket.
 """
 
 from imrelay.websocket.exceptions import ConcurrentReceive, ConnectionClosed, FrameError, WebSocketError
 from imrelay.websocket.handler import WebSocketHandler
 from imrelay.websocket.handshake import is_loopback, is_upgrade, names_loopback, origin_allowed
-from imrelay.websocket.http_connections import CROWD, Admission, RefusalLog
+from imrelay.websocket.http_connections import EXTRA_CONNECTIONS, HttpConnections, RefusalLog
 from imrelay.websocket.listener import Listener
 from imrelay.websocket.upgrade import UPGRADE, Endpoint, Upgrade
 from imrelay.websocket.websocket import WebSocket
 
 __all__ = [
-    "CROWD",
+    "EXTRA_CONNECTIONS",
     "UPGRADE",
-    "Admission",
     "ConcurrentReceive",
     "ConnectionClosed",
     "Endpoint",
     "FrameError",
+    "HttpConnections",
     "Listener",
     "RefusalLog",
     "Upgrade",

@@ -1,7 +1,7 @@
-"""The body of a request: read in its bounds, by its length or in chunks, while everybody else has a turn.
+"""The body of a request, read by its length or in chunks, within limits of size and time.
 
-pywsgi's own reads a body that nobody asked for to its end, character by character, however long that is, and
-lets no other greenlet run while bytes are there.
+pywsgi's own reader reads a body to its end although the application did not ask for it, character by character,
+however long that is, and lets no other greenlet run while bytes are there.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class BodyError(OSError):
 
 
 class Allowance:
-    """Seconds that may be spent on waiting for a client, all together; a context in which it is waited.
+    """Seconds that may be spent on waiting for a client in all; use it as a context around each wait.
 
-    Leaving it raises `TimeoutError` where they are used up.
+    It raises `TimeoutError` when they are used up.
     """
 
     __slots__ = ("_begun", "_left", "_timeout")
@@ -67,9 +67,9 @@ class Allowance:
 
 
 class SocketReader(io.RawIOBase):
-    """What a client sends, as the bottom of a `BufferedReader`; every read of the socket passes here.
+    """The raw stream below a `BufferedReader`: every read of the client's socket goes through it.
 
-    While bytes keep coming nothing else would make a greenlet wait: so each turn is short.
+    While bytes keep coming a greenlet would never wait, and no other would run: so it yields after `_TURN`.
     """
 
     def __init__(self, sock: Any) -> None:
@@ -242,5 +242,5 @@ def _too_large(size: int) -> Refusal:
     return Refusal(413, "too_large", f"the request's body is over {size} bytes, the limit here")
 
 
-#: Of a request without a body, and of one that has been dealt with.
+#: The body of a request that has none, and of one whose body has been dealt with.
 NO_BODY = RequestBody(None)

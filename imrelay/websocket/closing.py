@@ -27,7 +27,7 @@ __all__ = ["NEVER", "Closing", "SocketState"]
 
 logger = logging.getLogger(__name__)
 
-#: The time of what is not to come.
+#: The deadline of what has none.
 NEVER = float("inf")
 
 
@@ -49,7 +49,7 @@ _OPEN, _CLOSING, _LINGERING, _CLOSED = (
 
 
 class Closing(Transport):
-    """The states of one WebSocket, and what leads from one to the next. Nothing here blocks."""
+    """The states of one WebSocket and the changes between them. Nothing here blocks."""
 
     __slots__ = ("_closers", "_ending", "_state", "close_code", "close_reason")
 
@@ -73,7 +73,7 @@ class Closing(Transport):
 
     @abstractmethod
     def _wake_waiters(self) -> None:
-        """Tell the application of another state, and wake who waits for one."""
+        """Tell the application that the state has changed, and wake the greenlets that wait for that."""
 
     def _write_frames(self, frames: bytes, *, pong: bool = False) -> Write | None:
         """Write, and end the socket where that fails; return what waits."""
@@ -86,7 +86,7 @@ class Closing(Transport):
         return None
 
     def _end_now(self) -> None:
-        """Answer the peer's close frame, or tell it what it did wrong; the application has had its turn."""
+        """Answer the peer's close frame, or its violation, now that the application has had its turn."""
         ending, self._ending = self._ending, None
         if ending is not None and self._state is _OPEN:  # else something else has ended it meanwhile
             code, reason, frame = ending
@@ -108,7 +108,7 @@ class Closing(Transport):
             self._schedule()
 
     def _linger(self) -> None:
-        """Both sides are done: flush, say so, and drain what the peer still sends."""
+        """Both close frames are sent: flush, send FIN, and drain what the peer still sends."""
         self._enter(_LINGERING)
         self.due = monotonic() + self._limits.close_timeout
         if self._outbox is None:
@@ -121,7 +121,7 @@ class Closing(Transport):
             self._start_reading()  # an end of stream that came before is seen again
 
     def _give_up_on(self, reason: str) -> None:
-        """End the socket of a peer that is too slow; the close frame goes where it does not wait."""
+        """End the socket of a peer that is too slow; the close frame is sent if the kernel takes it at once."""
         self.close_code, self.close_reason = 4408, f"too slow: {reason}"
         frame = encode_close(4408, self.close_reason)
         outbox = self._outbox
@@ -144,7 +144,7 @@ class Closing(Transport):
         self._finish(reset=reset)
 
     def abort(self) -> None:
-        """End the TCP connection at once, without a close frame; for those who cannot wait."""
+        """End the TCP connection at once, without a close frame."""
         self._on_lost("connection dropped")
 
     def _on_bug(self) -> None:
@@ -162,7 +162,7 @@ class Closing(Transport):
         self._release(reset=reset)
 
     def _enter(self, state: SocketState) -> None:
-        """Change the state, and wake who waits for that."""
+        """Change the state, and wake the greenlets that wait for that."""
         if state is self._state:
             return
         logger.debug("WebSocket %x: %s (%s %s)", id(self), state.value, self.close_code, self.close_reason)

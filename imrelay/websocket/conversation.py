@@ -29,13 +29,13 @@ __all__ = ["Conversation", "OnMessage"]
 
 logger = logging.getLogger(__name__)
 
-#: Messages, and bytes of them, that wait for a busy application before the socket stops reading. So many frames
-#: are looked at in one turn of the event loop, too: a flood of tiny ones lets the others have theirs.
+#: Messages, and bytes of them, that wait for a busy application before the socket stops reading. The first is also
+#: the number of frames that are parsed in one turn of the event loop, so that other sockets get their turn.
 MAX_QUEUED_MESSAGES = 64
 MAX_QUEUED_BYTES = 65_536
-#: Seconds that an application gets to answer the messages before a close frame, before that is answered.
-LAST_WORDS = 1.0
-#: Bytes that show, at the deadline of a pong, that a large message keeps the peer from sending it.
+#: Seconds for the application to answer the messages that came before a close frame; then that is answered.
+ANSWER_BEFORE_CLOSE = 1.0
+#: With so many bytes received by the deadline of a pong, the peer is taken to be sending a large message first.
 ALIVE_BYTES = 4096
 
 #: Takes one message in the event loop: the payload, that of a text being UTF-8, and whether it is binary.
@@ -51,7 +51,7 @@ _OPEN, _CLOSING, _LINGERING, _CLOSED = (
 
 
 class Conversation(Closing):
-    """What goes on without the application. Nothing here blocks.
+    """What a WebSocket does by itself, without the application. Nothing here blocks.
 
     It is one object with the transport below and the WebSocket above: there is one for each socket, and each
     further object would take memory.
@@ -131,7 +131,7 @@ class Conversation(Closing):
             self._take_in(data)
 
     def _take_in(self, data: bytes) -> None:
-        """Parse what one turn may, hand messages over or wake who waits for them, and go on reading."""
+        """Parse as much as one turn allows, hand messages over or wake the greenlet that waits, and read on."""
         messages = self._messages
         parser = self._parser
         pongs = []
@@ -162,7 +162,7 @@ class Conversation(Closing):
             elif self._has_taken_all or self._state is not _OPEN:
                 self._end_now()
             else:
-                self.due = monotonic() + LAST_WORDS
+                self.due = monotonic() + ANSWER_BEFORE_CLOSE
         if messages and self._receiver is not None:
             resume(self._receiver, self._hub)
         if not self._reading or parser.has_more or self._messages:
@@ -189,7 +189,7 @@ class Conversation(Closing):
 
     @property
     def _has_taken_all(self) -> bool:
-        """Whether the application has nothing to do any more with what has come."""
+        """Whether the application has taken all messages and has not paused them."""
         return not self._messages and not self._is_paused
 
     def _drop_messages(self) -> None:
@@ -205,9 +205,9 @@ class Conversation(Closing):
             self._start_reading()
         elif len(self._messages) >= MAX_QUEUED_MESSAGES or self._queued >= MAX_QUEUED_BYTES:
             self._held = True
-            self._stop_reading()  # receive_messages goes on
+            self._stop_reading()  # until receive_messages has taken them
         elif self._parser.has_more:
-            self._stop_reading()  # what is here comes first
+            self._stop_reading()  # the bytes that are here come first
             self._schedule()
         else:
             if self._held:

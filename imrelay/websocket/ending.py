@@ -1,4 +1,4 @@
-"""How a connection of plain HTTP ends so that its answer arrives: a close with unread input would reset it."""
+"""Ending a connection of plain HTTP so that its answer arrives: closing with unread input would reset it."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def turn_away(sock: Any, answer: bytes) -> None:
         sock.shutdown(socket.SHUT_WR)
         sock.recv(16_384)
     except OSError:
-        pass  # it is gone, or has sent nothing
+        pass  # the peer is gone, or has sent nothing
     finally:
         sock.close()
 
 
 def reset(sock: Any) -> None:
     """Have the kernel forget, at the close that follows, what it still holds for a peer that does not read."""
-    with contextlib.suppress(OSError):  # it is gone already
+    with contextlib.suppress(OSError):  # the connection is gone already
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,7 +1,7 @@
 """Turns of the event loop for sockets that have more to do than one turn allows.
 
-gevent's own `run_callback` is no place for them: it runs up to 50 callbacks before it looks at the clock, and no
-socket is read or written meanwhile. Here the event loop looks after all others between two rounds.
+gevent's own `run_callback` does not suit: it runs up to 50 callbacks before it looks at the clock, and no socket
+is read or written meanwhile. Here the event loop polls all sockets between two rounds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROUND = 0.002
 
 
 class Turns:
-    """Calls what was added, each once and in order, a short round in each turn of the event loop."""
+    """Calls what was added, each callback once and in order, for a short time in each turn of the event loop."""
 
     __slots__ = ("__weakref__", "_idle", "_pid", "_queue")
 

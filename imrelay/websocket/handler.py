@@ -18,7 +18,7 @@ from imrelay.websocket.websocket import WebSocket
 
 __all__ = ["WebSocketHandler"]
 
-#: Headers of a 101 that an application has no say in: its others are sent.
+#: Headers of a 101 that the handler sets; those of the application are dropped, all its others are sent.
 _OWN_HEADERS = frozenset(
     (
         b"connection",
@@ -36,29 +36,29 @@ _OWN_HEADERS = frozenset(
 class WebSocketHandler(RequestHandler):
     """Give this class to `gevent.pywsgi.WSGIServer`, or to gunicorn's gevent worker as its `wsgi_handler`.
 
-    The class attributes are the settings; set them in a subclass. Times are in seconds, sizes in bytes.
+    The class attributes are the settings; set them in a subclass.
     """
 
-    #: Of one incoming message, all its fragments together, and inflated.
+    #: Bytes of the largest incoming message: all its fragments together, after decompression.
     max_message_size = 65_536
-    #: Between two pings; 0 sends none.
+    #: Seconds between two pings; 0 sends none.
     ping_interval = 25.0
-    #: For the pong; then the connection counts as lost.
+    #: Seconds for the pong to arrive; after that the connection counts as lost.
     ping_timeout = 20.0
-    #: In which the kernel must take what was sent; `outbox` has the rule for messages over `max_send_buffer`.
+    #: Seconds for the kernel to accept a write; `outbox` has the rule for messages over `max_send_buffer`.
     send_timeout = 10.0
-    #: That wait behind the write that is under way.
+    #: Bytes that may wait behind the write in progress.
     max_send_buffer = 1_048_576
-    #: For the peer's answer to a close frame, and again for the end of its TCP connection.
+    #: Seconds for the peer to answer a close frame, and again for it to end its TCP connection.
     close_timeout = 5.0
-    #: What the server speaks, the one that it likes best first.
+    #: The subprotocols of the server, in its order of preference.
     subprotocols: tuple[str, ...] = ()
-    #: Whether RFC 7692 is agreed on with clients that offer it.
+    #: Whether compression (RFC 7692) is agreed on with clients that offer it.
     permessage_deflate = False
     #: Whether the application decides about handshakes: it finds an `Upgrade` in its environ, its answer counts.
     #: Otherwise every handshake that is in order is upgraded, and the application called with the open socket.
     application_decides = False
-    #: What of a request's environ stays until its WebSocket has ended, for the access log; empty: there is none.
+    #: Keys of the environ that are kept until the WebSocket has ended, for the access log; empty: no access log.
     logged: tuple[str, ...] = (
         "HTTP_REFERER",
         "HTTP_USER_AGENT",
@@ -134,7 +134,7 @@ class WebSocketHandler(RequestHandler):
 
     def _switch(self, handshake: Handshake, endpoint: Endpoint) -> None:
         """Let the endpoint attach, answer 101 and run it; it is closed whatever happens."""
-        self._leave_http()  # the application counts it in its own way
+        self._leave_http()  # the application counts its sockets itself
         try:
             websocket = None
             try:
@@ -149,7 +149,7 @@ class WebSocketHandler(RequestHandler):
             endpoint.close()
 
     def _upgrade(self, handshake: Handshake) -> WebSocket | None:
-        """Answer 101 and let go of what only HTTP needs; None if the client is gone."""
+        """Answer 101 and drop what only HTTP needs; return None if the client is gone."""
         environ = self.environ
         headers = [("Upgrade", "websocket"), ("Connection", "Upgrade")]
         headers.append(("Sec-WebSocket-Accept", handshake.accept))
@@ -200,7 +200,7 @@ class WebSocketHandler(RequestHandler):
         self.write(b"")
 
     def _run_websocket(self, websocket: WebSocket, endpoint: Endpoint) -> None:
-        """Run the endpoint, and see the socket to its end whatever becomes of that."""
+        """Run the endpoint; whatever it does, close the socket and wait for the end of its TCP connection."""
         self.environ = {key: self.environ[key] for key in self.logged if key in self.environ}
         try:
             endpoint.run(websocket)
@@ -233,9 +233,9 @@ class WholeApplication:
         """Do nothing: such an application is called when the socket is open."""
 
     def run(self, websocket: WebSocket) -> None:
-        """Call the application, and use up what it returns."""
+        """Call the application, and iterate over what it returns, as a server does."""
         self._arguments[0] |= {"wsgi.websocket": websocket, "wsgi.websocket_version": "13"}
-        # The application holds the only reference to its environ (from Python 3.11 on), and may let go of it.
+        # The application holds the only reference to its environ (from Python 3.11 on), and may drop it.
         result = self._application(self._arguments.pop(), _ignore_response)
         try:
             for _ in result or ():
@@ -246,7 +246,7 @@ class WholeApplication:
                 close()
 
     def close(self) -> None:
-        """Let go of the environ where the application was never called."""
+        """Drop the environ where the application was never called."""
         self._arguments.clear()
 
 

@@ -60,7 +60,7 @@ def check_handshake(
 ) -> Handshake | Refusal:
     """Check a request that asks for a WebSocket; return what to agree on, or why not.
 
-    `subprotocols` are those that the server speaks, the one that it likes best first.
+    `subprotocols` are those of the server, in its order of preference.
     """
     if environ.get("REQUEST_METHOD") != "GET":
         return _bad("a WebSocket handshake is a GET")
@@ -117,7 +117,7 @@ def origin_allowed(environ: Mapping[str, Any], allowed: Sequence[str]) -> bool:
 def is_loopback(address: Any) -> bool:
     """Tell whether a socket's address (`getsockname`) is one that only programs of this machine reach.
 
-    A Unix socket has a path and no address: only a proxy reaches it, and that one knows its own names.
+    A Unix socket has a path and no address: only a proxy on this machine connects to it.
     """
     return isinstance(address, tuple) and _is_loopback_ip(str(address[0]))
 
@@ -125,7 +125,7 @@ def is_loopback(address: Any) -> bool:
 def names_loopback(host: str) -> bool:
     """Tell whether a Host header names this machine as nobody's DNS can: localhost, 127.0.0.0/8 or [::1].
 
-    A page of evil.example whose name is suddenly said to be 127.0.0.1 still sends `Host: evil.example`.
+    A page of evil.example whose name suddenly resolves to 127.0.0.1 still sends `Host: evil.example`.
     """
     match = HOST.fullmatch(host)
     if match is None:

@@ -1,6 +1,6 @@
 """The head of an HTTP request (RFC 9112): read within limits, and checked before anything is made of it.
 
-What two servers in a row could understand in two ways is refused: that is how requests are smuggled past a proxy.
+What a proxy and this server could read differently is refused: requests are smuggled past a proxy that way.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Framing:
     chunked: bool
 
 
-#: Of a request without a body.
+#: The framing of a request without a body.
 _NO_BODY = Framing(0, False)
 
 

@@ -7,22 +7,22 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
-__all__ = ["CROWD", "Admission", "Place", "RefusalLog"]
+__all__ = ["EXTRA_CONNECTIONS", "HttpConnections", "Place", "RefusalLog"]
 
-#: Connections beyond the bound that may still say what they want, each within `CROWD_SECONDS`.
-CROWD, CROWD_SECONDS = 16, 1.0
+#: Connections beyond the bound that may still send one request each, within `EXTRA_SECONDS`.
+EXTRA_CONNECTIONS, EXTRA_SECONDS = 16, 1.0
 #: Seconds between two lines about refusals of one kind.
 _LOG_INTERVAL = 10.0
 
 
 class Place(enum.Enum):
-    """What a new connection gets."""
+    """How a new connection is treated."""
 
     #: It is served.
     FREE = "free"
-    #: It may say what it wants: a WebSocket and what `served_in_a_crowd` names are served, all else is refused.
-    #: Who says nothing goes as soon as another one comes.
-    CROWDED = "crowded"
+    #: It is beyond the bound and may send one request: a WebSocket handshake and a path in `served_when_full` are
+    #: served, all else is refused. One that has sent nothing is ended as soon as another one comes.
+    EXTRA = "extra"
     #: It is refused at once.
     NONE = "none"
 
@@ -45,13 +45,13 @@ class RefusalLog:
             self._quiet_until = now + _LOG_INTERVAL
 
 
-class Admission:
+class HttpConnections:
     """Counts the HTTP connections of a process; one that has become a WebSocket is no longer counted."""
 
     def __init__(self, max_connections: int) -> None:
         self.max_connections = max_connections
         self._count = 0
-        #: How to end those of the crowd that have not yet said what they want, the oldest first.
+        #: How to end the extra connections that have not yet sent a request, the oldest first.
         self._undecided: dict[Callable[[], None], None] = {}
         self._log = RefusalLog(logging.getLogger(__name__))
 
@@ -59,26 +59,26 @@ class Admission:
         return self._count
 
     def enter(self) -> Place:
-        """Count a new connection and say what it gets; one that gets no place is not counted."""
+        """Count a new connection and return how it is treated; one that is refused is not counted."""
         if self._count < self.max_connections:
             self._count += 1
             return Place.FREE
-        self._log.note(f"max_http_connections ({self.max_connections}) are here, one more was refused")
-        if self._count < self.max_connections + CROWD or self._end_oldest():
+        self._log.note(f"max_http_connections ({self.max_connections}) are open, one more was refused")
+        if self._count < self.max_connections + EXTRA_CONNECTIONS or self._end_oldest():
             self._count += 1
-            return Place.CROWDED
+            return Place.EXTRA
         return Place.NONE
 
-    def listen_to(self, end: Callable[[], None]) -> None:
-        """Note that one of the crowd may speak now; `end` is called, once, when it has to go for another."""
+    def await_request(self, end: Callable[[], None]) -> None:
+        """Note an extra connection without a request; `end` is called, once, if another one needs its place."""
         self._undecided[end] = None
 
-    def has_spoken(self, end: Callable[[], None]) -> None:
-        """Note that one of the crowd has said what it wants, or is gone. Idempotent."""
+    def note_request(self, end: Callable[[], None]) -> None:
+        """Note that an extra connection has sent its request, or is gone. Idempotent."""
         self._undecided.pop(end, None)
 
     def _end_oldest(self) -> bool:
-        """End the one of the crowd that has had the most time to speak, if there is one."""
+        """End the extra connection that has waited longest without a request, if there is one."""
         for end in self._undecided:
             del self._undecided[end]
             end()

@@ -1,4 +1,4 @@
-"""pywsgi's server as a listener that outlives a shortage of descriptors, and whose TLS handshakes have a deadline.
+"""pywsgi's server, changed so that it survives a shortage of descriptors and that TLS handshakes have a deadline.
 
 The names of gevent that are not public and are used here: `BaseServer._timer`, `_start_accepting_if_started`.
 """
@@ -17,7 +17,7 @@ __all__ = ["Listener"]
 
 #: What accept says when this process, or this machine, has no descriptor or no memory left for one more.
 _SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-#: Seconds until it is tried again; who connects meanwhile waits in the kernel.
+#: Seconds until the next attempt to accept; clients that connect meanwhile wait in the kernel's queue.
 _PAUSE = 0.1
 
 

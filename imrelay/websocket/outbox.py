@@ -76,7 +76,7 @@ class Outbox:
         return self._waiting - len(self._writes[0].data) + size <= self._max_bytes
 
     def add(self, data: bytes | memoryview, now: float) -> Write:
-        """Queue a write; what it exceeds is the caller's to check."""
+        """Queue a write; the caller has checked `has_room`."""
         size = len(data)
         deadline = now + self._timeout * max(1, -(-size // self._max_bytes))
         if self._writes:

@@ -3,12 +3,12 @@
 The parser's state between two calls:
 
     head      fewer bytes than a frame's head (or than a whole control frame): kept as they are
-    payload   inside a data frame: every piece is unmasked and checked as it comes
+    payload   inside a data frame: every piece is unmasked and checked when it arrives
     done      a close frame came, or the peer broke a rule (`failure` says which): nothing is parsed any more
 
-A message in work costs its size, an eighth for the growing buffer, and once more its size at the moment
-when it is handed over. A text stays UTF-8, which is checked a piece at a time: its str would take 1, 2 or 4 bytes
-for each character, for the widest of them.
+An unfinished message takes memory of its size, an eighth more for the growing buffer, and its size again at the
+moment when it is handed over. A text stays UTF-8, which is checked a piece at a time: its str would take 1, 2 or 4
+bytes for each character, as the widest of them needs.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from imrelay.websocket.frames import (
     read_close,
 )
 
-__all__ = ["Event", "FrameParser", "Inflate"]
+__all__ = ["FrameParser", "Inflate", "Parsed"]
 
-#: What came in: opcode and unmasked payload; that of a text is UTF-8.
-Event = tuple[int, bytes]
+#: A whole message or control frame: opcode and unmasked payload; that of a text is UTF-8.
+Parsed = tuple[int, bytes]
 
 #: Inflates one compressed frame: (payload, first frame of the message, last frame, bytes allowed) -> data.
 Inflate = Callable[[bytes, bool, bool, int], bytes]
 
-#: Bytes that may be inflated for the price of one frame, see `FrameParser.parse`.
+#: Inflated bytes that count as one frame against the budget, see `FrameParser.parse`.
 INFLATED_PER_FRAME = 512
 
 _KNOWN_OPCODES = frozenset((CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG))
@@ -124,13 +124,13 @@ class FrameParser:
         self._mask = b""
         self._fin = False
 
-    def parse(self, data: bytes, budget: int = 1 << 30) -> list[Event]:
+    def parse(self, data: bytes, budget: int = 1 << 30) -> list[Parsed]:
         """Take `data` and return what is complete, in order; look at `budget` frames at most.
 
         A frame that is inflated counts as more, so that few bytes cannot make much work in one call. What comes
         before a violation is returned; the violation itself is then in `failure`.
         """
-        events: list[Event] = []
+        events: list[Parsed] = []
         if self._done:
             return events
         if self._tail:
@@ -158,9 +158,9 @@ class FrameParser:
         self._message = self._frame = self._decoder = None
         self._left = 0
 
-    def _parse(self, data: bytes, position: int, budget: int, events: list[Event]) -> int:
+    def _parse(self, data: bytes, position: int, budget: int, events: list[Parsed]) -> int:
         """Parse what begins with the head of a frame; return the position behind what was parsed."""
-        # One long loop: a call costs as much as all checks of a small message, so only what is rare has one.
+        # One long loop: a call takes as long as all checks of a small message, so only rare cases are functions.
         end = len(data)
         while budget > 0:
             if (start := position + 2) > end:
@@ -215,7 +215,7 @@ class FrameParser:
             raise FrameError(1002, "frame length has its highest bit set")
         raise FrameError(1002, "frame length is not in its shortest form")
 
-    def _take_control(self, opcode: int, payload: bytes, budget: int, events: list[Event]) -> int:
+    def _take_control(self, opcode: int, payload: bytes, budget: int, events: list[Parsed]) -> int:
         """Give out a control frame; return the budget, which a close frame ends: what follows is not looked at."""
         if opcode == CLOSE:
             read_close(payload)
@@ -225,7 +225,7 @@ class FrameParser:
         return budget
 
     def _price(self) -> int:
-        """Return how much of the budget the last data frame used up: inflating counts as more than a frame."""
+        """Return how much of the budget the last data frame has used: more than 1 if it was inflated."""
         inflated, self._inflated = self._inflated, 0
         return 1 + inflated // INFLATED_PER_FRAME
 
@@ -257,7 +257,7 @@ class FrameParser:
         self._fragments += 1
         self._wire += size
 
-    def _take_piece(self, data: bytes, position: int, events: list[Event]) -> int:
+    def _take_piece(self, data: bytes, position: int, events: list[Parsed]) -> int:
         """Unmask what `data` has of the frame in work; return the position behind it."""
         after = min(len(data), position + self._left)
         size = after - position
@@ -270,7 +270,7 @@ class FrameParser:
             self._take_payload(piece, not self._left, events)
         return after
 
-    def _take_payload(self, piece: bytes, frame_ends: bool, events: list[Event]) -> None:
+    def _take_payload(self, piece: bytes, frame_ends: bool, events: list[Parsed]) -> None:
         """Add unmasked payload to the message in work, and give the message out if this ends it."""
         assert self._message is not None  # begun by _begin_frame
         ends = frame_ends and self._fin

@@ -1,4 +1,4 @@
-"""HTTP up to the application, on gevent-websocket's handler class: bounds, whole refusals, the log.
+"""HTTP requests on gevent-websocket's handler class: time and size limits, refusals with a JSON body, the log.
 
 The names of pywsgi that are not public and are used here: `Input._discard`, `WSGIHandler._sendall`,
 `_handle_client_error`, `_connection_upgrade_requested`, `_orig_status`.
@@ -29,7 +29,7 @@ from imrelay.websocket.head import (
     framing_of,
     read_fields,
 )
-from imrelay.websocket.http_connections import CROWD_SECONDS, Admission, Place
+from imrelay.websocket.http_connections import EXTRA_SECONDS, HttpConnections, Place
 from imrelay.websocket.http_state import HttpState
 from imrelay.websocket.responses import Logged, body_of, phrase_of, whole_answer
 
@@ -37,7 +37,7 @@ __all__ = ["RequestHandler"]
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of a body that are read behind the answer, so that the connection can be kept; with more it is closed.
+#: Bytes of a body that are read after the answer, so that the connection can be kept; with more it is closed.
 DRAIN_BYTES = 65_536
 #: What the access log says of bytes that were no request.
 _NO_REQUEST = {"RAW_URI": "-", "REQUEST_METHOD": "-", "SERVER_PROTOCOL": "-"}
@@ -45,20 +45,20 @@ _FULL = Refusal(503, "too_many_connections", "this server has as many HTTP conne
 
 
 class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no types
-    """What pywsgi's handler lacks on the open Internet, for plain requests and handshakes alike."""
+    """Adds to pywsgi's handler the limits that a server on the open Internet needs."""
 
-    #: For each request's head in seconds, from the end of the request before: an idle connection is closed, too.
+    #: Seconds for the head of each request, from the end of the request before: an idle connection is closed, too.
     handshake_timeout = 10.0
     #: Seconds that a request may wait for its body, all reads together.
     body_timeout = 60.0
     #: Seconds that an answer may wait for the client to take it, all writes together.
     answer_timeout = 60.0
-    #: Bytes of a request's body; None leaves it to the application how much it reads.
+    #: Bytes of the largest request body; None: the application decides how much it reads.
     max_body_size: int | None = None
-    #: Bounds the connections of this process that are no WebSockets; None leaves that to the server.
-    admission: Admission | None = None
-    #: Paths that are served though the connections are at their bound, for those who watch over the server.
-    served_in_a_crowd: frozenset[str] = frozenset()
+    #: Bounds the connections of this process that are no WebSockets; None: the server has its own bound or none.
+    http_connections: HttpConnections | None = None
+    #: Paths that are served although `http_connections` is full: those of health checks.
+    served_when_full: frozenset[str] = frozenset()
 
     _deadline: gevent.Timeout | None = None
     _http: HttpState
@@ -84,11 +84,11 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         """Serve one connection, as pywsgi asks for."""
         if getattr(self.socket, "family", None) in (socket.AF_INET, socket.AF_INET6):
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        place = Place.FREE if self.admission is None else self.admission.enter()
+        place = Place.FREE if self.http_connections is None else self.http_connections.enter()
         if place is Place.NONE:
             self._turn_away()
             return
-        self._http.is_counted, self._http.is_crowded = self.admission is not None, place is Place.CROWDED
+        self._http.is_counted, self._http.is_extra = self.http_connections is not None, place is Place.EXTRA
         try:
             super().handle()
         finally:
@@ -103,17 +103,17 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         self._begun = False
         self._http.taking = Allowance(self.answer_timeout)
         seconds = self.handshake_timeout
-        if self._http.is_crowded and self.admission is not None:
-            seconds = min(seconds, CROWD_SECONDS)
+        if self._http.is_extra and self.http_connections is not None:
+            seconds = min(seconds, EXTRA_SECONDS)
             self._http.undecided = gevent.getcurrent()
-            self.admission.listen_to(self._end_head)
+            self.http_connections.await_request(self._end_head)
         deadline = self._deadline = gevent.Timeout.start_new(seconds)
         try:
             result = super().handle_one_request()
         except gevent.Timeout as timeout:
             if timeout is not deadline:
                 raise
-            if self._http.is_crowded:
+            if self._http.is_extra:
                 self._turn_away()
             elif self._begun:
                 self._answer_malformed(Refusal(408, "request_timeout", "the request took too long"))
@@ -129,7 +129,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         return result if self._end_body(result is True) else None
 
     def _end_body(self, is_kept: bool) -> bool:
-        """See to what is left of a body behind the answer; tell whether the connection can be kept."""
+        """Read what is left of the body after the answer; tell whether the connection can be kept."""
         body, self.wsgi_input = self.wsgi_input or NO_BODY, NO_BODY
         if not body.is_complete and not (is_kept and body.drain(DRAIN_BYTES)):
             is_kept = False
@@ -159,11 +159,11 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         deadline, self._deadline = self._deadline, None
         if deadline is not None:
             deadline.close()
-        if self._http.is_crowded and self.admission is not None:
-            self.admission.has_spoken(self._end_head)
+        if self._http.is_extra and self.http_connections is not None:
+            self.http_connections.note_request(self._end_head)
 
     def _end_head(self) -> None:
-        """Have the deadline of the head pass at once; called by `admission`, in another connection's greenlet."""
+        """Let the deadline of the head pass at once; called by `http_connections` in another greenlet."""
         gevent.get_hub().loop.run_callback(self._throw_deadline)
 
     def _throw_deadline(self) -> None:
@@ -188,7 +188,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         return ("400", error.refusal if isinstance(error, Malformed) else None)
 
     def _connection_upgrade_requested(self) -> bool:
-        """Keep pywsgi from handing out the bare stream: an application reads its request's body alone."""
+        """Keep pywsgi from giving the application the bare stream: it reads the body of its request alone."""
         return False
 
     def get_environ(self) -> dict[str, Any]:
@@ -222,11 +222,11 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     # -- answers ---------------------------------------------------------------------------------------------
 
     def run_plain(self) -> None:
-        """Have the application answer, unless the request is to be refused, or its body turns out to be."""
+        """Call the application, unless the request is refused; refuse it also if its body cannot be read."""
         failure = self.wsgi_input.failure
-        if self._http.is_crowded:
+        if self._http.is_extra:
             self.close_connection = True
-            if self.environ["PATH_INFO"] not in self.served_in_a_crowd:
+            if self.environ["PATH_INFO"] not in self.served_when_full:
                 self._answer(_FULL)
                 return
         try:
@@ -242,7 +242,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
                 self._answer(failure.refusal)
 
     def process_result(self) -> None:
-        """Send what the application answers; what it made of a broken body is none."""
+        """Send the application's answer, or a refusal where the request's body could not be read."""
         failure = self.wsgi_input.failure
         if failure is not None and not self.headers_sent:
             self._answer(failure.refusal)
@@ -250,7 +250,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
             super().process_result()
 
     def finalize_headers(self) -> None:
-        """Say so where the connection will be closed behind this answer."""
+        """Add `Connection: close` where the connection will be closed after this answer."""
         if self.wsgi_input.unread > DRAIN_BYTES:
             self.close_connection = True
         if self.close_connection and self.code != 101:
@@ -260,7 +260,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         super().finalize_headers()
 
     def _sendall(self, data: bytes) -> None:
-        """Called by pywsgi with each part of an answer; ends the connection of who does not take it."""
+        """Called by pywsgi with each part of an answer; resets the connection of a client that does not read."""
         try:
             with self._http.taking:
                 super()._sendall(data)
@@ -270,7 +270,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
             raise ConnectionResetError(errno.ECONNRESET, "the client did not take the answer in time") from None
 
     def _answer(self, refusal: Refusal) -> None:
-        """Refuse a request, and see that the answer arrives."""
+        """Refuse a request, and end the connection so that the answer arrives."""
         body = body_of(refusal)
         self.wsgi_input = NO_BODY  # nothing of it is waited for
         self.start_response(
@@ -287,7 +287,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         self._linger()
 
     def _answer_malformed(self, refusal: Refusal) -> None:
-        """Refuse what is no request, as far as pywsgi is concerned."""
+        """Refuse a request that pywsgi could not read, without its `start_response`."""
         head, body = whole_answer(refusal)
         self.status = self._orig_status = f"{refusal.status} {phrase_of(refusal.status)}"
         self.response_headers = []
@@ -304,7 +304,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
         self.log_request()
 
     def _take_back_answer(self) -> None:
-        """Have the access log know that nothing was answered yet."""
+        """Undo the status of the application's 101, so that the access log has the final one."""
         self.status = self._orig_status = None
 
     def log_request(self) -> None:
@@ -320,21 +320,21 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
 
     def _leave_http(self) -> None:
         """No longer count the connection as one of plain HTTP. Idempotent."""
-        if self._http.is_counted and self.admission is not None:
+        if self._http.is_counted and self.http_connections is not None:
             self._http.is_counted = False
-            self.admission.leave()
+            self.http_connections.leave()
 
     def _come_back(self) -> None:
         """Count it again: it became no WebSocket."""
-        if self.admission is not None:
+        if self.http_connections is not None:
             self._http.is_counted = True
-            self.admission.come_back()
+            self.http_connections.come_back()
 
     def _turn_away(self) -> None:
-        """Refuse a connection without a look at what it wants, and without a turn for anybody else."""
+        """Refuse a connection without reading its request; does not block."""
         turn_away(self.socket, b"".join(whole_answer(_FULL)))
 
     def _linger(self) -> None:
-        """See that the answer arrives where the client may still be sending."""
-        if not self._http.is_crowded:  # else others need the place
+        """End the connection so that the answer arrives although the client may still be sending."""
+        if not self._http.is_extra:  # its place is needed for others
             linger(self.socket)

@@ -1,4 +1,4 @@
-"""Answers that the handler gives by itself, and what an access log gets of any."""
+"""HTTP answers that the handler gives without the application, and an answer as an access log takes it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _FAULT_PAUSE = 1.0
 
 
 class Swept(Protocol):
-    """What has deadlines."""
+    """An object with deadlines."""
 
     @property
     def due(self) -> float:

@@ -1,4 +1,4 @@
-"""The TCP (or TLS) connection under a WebSocket: two watchers of the event loop, and the one place that writes.
+"""The TCP (or TLS) connection of a WebSocket: two watchers of the event loop, and the only code that writes.
 
 Nothing here blocks. Whoever sends, the bytes go to the kernel at once while it takes them; what it does not
 take waits in the outbox, and the write watcher is then the only one that sends. Frames are given whole, by one
@@ -26,7 +26,7 @@ __all__ = ["READ_SIZE", "WOULD_BLOCK", "Limits", "Transport", "resume"]
 
 logger = logging.getLogger(__name__)
 
-#: Bytes read in one turn of the event loop at most; peers that flood get one such turn after the other.
+#: Bytes that are read from one socket in one turn of the event loop, at most.
 READ_SIZE = 65_536
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -48,7 +48,7 @@ def resume(waiting: Any, hub: Hub) -> None:
     """Switch into a greenlet that waits in the event loop; called in the event loop."""
     try:
         waiting.switch()
-    except BaseException:  # of a raw greenlet that died: its own affair, as gevent treats it
+    except BaseException:  # of a raw greenlet that ended with it: reported as gevent reports it
         hub.handle_error(waiting, *sys.exc_info())
 
 
@@ -107,7 +107,7 @@ class Transport(ABC):
 
     @abstractmethod
     def _on_bug(self) -> None:
-        """Something raised that never should; the traceback is in the log already."""
+        """An unexpected exception was raised; its traceback is in the log already."""
 
     # -- reading ---------------------------------------------------------------------------------------------
 
@@ -119,7 +119,7 @@ class Transport(ABC):
                 self._turns.add(self._on_readable)
 
     def _stop_reading(self) -> None:
-        """Leave what comes in to the kernel: the peer's sends will block in the end."""
+        """Read nothing: the kernel's buffers fill, and then the peer's sends block."""
         if self._reading:
             self._reading = False
             self._reader.stop()
@@ -216,7 +216,7 @@ class Transport(ABC):
                 self._sock.unwrap()  # sends close_notify; does not wait for the peer's
             self._sock.shutdown(socket.SHUT_WR)
         except (OSError, ValueError):
-            pass  # the peer was faster
+            pass  # the peer has closed first
 
     def _release(self, *, reset: bool = False) -> None:
         """Close the TCP connection and wake whoever still waits for bytes to leave.

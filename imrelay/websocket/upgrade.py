@@ -30,10 +30,10 @@ class Endpoint(Protocol):
     """What an application runs on a WebSocket. The handler calls all of it in the connection's greenlet."""
 
     def attach(self) -> None:
-        """Get ready, before the client gets 101; may block."""
+        """Prepare, before the client gets 101; may block."""
 
     def run(self, websocket: WebSocket) -> None:
-        """Use the socket until it ends; the handler closes it behind this."""
+        """Use the socket until it ends; the handler closes it afterwards."""
 
     def close(self) -> None:
         """Release everything; called at the end, also where `attach` or `run` never was. Idempotent."""

@@ -1,4 +1,4 @@
-"""What an application has of a WebSocket: calls that wait, and callbacks, on top of the conversation."""
+"""The WebSocket as an application uses it: blocking calls and callbacks, on top of the conversation."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class WebSocket(Conversation):
 
     @property
     def on_message(self) -> OnMessage | None:
-        """What is called with each message, in the event loop, in place of a greenlet that calls `receive`.
+        """The callback for each message, called in the event loop; it replaces a greenlet that calls `receive`.
 
         It gets (payload, is binary), a text being UTF-8, and must not block. After `pause` it is not called before
-        `resume`; meanwhile some more is read, as for any application that is busy, and then nothing. What has come
-        before it is set it gets in a later turn of the loop. An exception in it is logged and closes with 1011.
+        `resume`; meanwhile a bounded amount is read ahead, and then nothing. Messages that came before it was set
+        are passed to it in a later turn of the loop. An exception in it is logged and closes the socket with 1011.
         """
         return self._on_message
 
@@ -61,9 +61,9 @@ class WebSocket(Conversation):
 
     @property
     def on_close(self) -> Callable[[], None] | None:
-        """What is called once, in the event loop, when nothing can be sent any more; it must not block.
+        """The callback for the end: called once, in the event loop, when nothing can be sent; it must not block.
 
-        It comes behind all messages that came before the end, which `pause` puts off; after it there are none.
+        It is called after all messages that came before the end; `pause` delays it. No message follows it.
         """
         return self._on_close
 
@@ -74,11 +74,11 @@ class WebSocket(Conversation):
             self._schedule()
 
     def pause(self) -> None:
-        """Have `on_message` not called again until `resume`."""
+        """Stop calling `on_message` until `resume`."""
         self._is_paused = True
 
     def resume(self) -> None:
-        """Have `on_message` called with what comes, and before with what has come; not before this returns."""
+        """Call `on_message` again, first with the messages that wait; never before this has returned."""
         if self._is_paused:
             self._is_paused = False
             self._schedule()

@@ -20,7 +20,7 @@ from imrelay import server
 from imrelay.app import create_app
 from imrelay.cli import main
 from imrelay.sessions.registry import Member, Registry
-from imrelay.websocket import Admission
+from imrelay.websocket import HttpConnections
 
 _go = Event()
 _most = 0
@@ -76,7 +76,7 @@ def _places() -> dict[str, int]:
     everything = gc.get_objects()
     return {
         "sessions": sum(len(item) for item in everything if isinstance(item, Registry)),
-        "http": sum(len(item) for item in everything if isinstance(item, Admission)),
+        "http": sum(len(item) for item in everything if isinstance(item, HttpConnections)),
         "most": _most,
     }
 

@@ -269,8 +269,8 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
 
     from imrelay.websocket import (
         UPGRADE,
-        Admission,
         ConnectionClosed,
+        HttpConnections,
         Listener,
         WebSocketHandler,
         origin_allowed,
@@ -581,8 +581,8 @@ def serve(settings: dict[str, Any], certificate: str, key: str) -> None:
     settings["subprotocols"] = tuple(settings.get("subprotocols", ()))
     tls = {"certfile": certificate, "keyfile": key} if certificate else {}
     if "max_http_connections" in settings:
-        settings["admission"] = Admission(settings.pop("max_http_connections"))
-    settings["served_in_a_crowd"] = frozenset(("/health",))
+        settings["http_connections"] = HttpConnections(settings.pop("max_http_connections"))
+    settings["served_when_full"] = frozenset(("/health",))
     handler_class = type("TestedHandler", (Handler,), settings)
     server = Listener(("127.0.0.1", 0), application, handler_class=handler_class, **tls)
     server.start()

@@ -8,7 +8,7 @@ import gevent
 import pytest
 
 from imrelay.websocket import ConnectionClosed, conversation
-from imrelay.websocket.conversation import LAST_WORDS, MAX_QUEUED_BYTES, MAX_QUEUED_MESSAGES
+from imrelay.websocket.conversation import ANSWER_BEFORE_CLOSE, MAX_QUEUED_BYTES, MAX_QUEUED_MESSAGES
 from imrelay.websocket.transport import READ_SIZE
 from tests.support.harness import eventually
 from tests.support.websocket_peer import BINARY, PING, TEXT, close_frame, frame
@@ -199,7 +199,7 @@ def test_the_end_waits_for_a_pause(how, clock):
         application.wait(10)
         if how == "a close frame":
             assert not websocket.closed
-            clock.now += LAST_WORDS
+            clock.now += ANSWER_BEFORE_CLOSE
             websocket.on_due(clock.now)
             assert peer.recv(100) == b"\x88\x02\x0f\xa0"
         peer.close()
