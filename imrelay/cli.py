@@ -25,7 +25,7 @@ from imrelay.messages.submission import check_id
 from imrelay.private_node.node import PrivateBroker
 from imrelay.runtime import log
 from imrelay.runtime.log_stream import LogStream
-from imrelay.server import Server, inbox_keeper
+from imrelay.server import Server, inbox_inspector
 from imrelay.settings.reading import CONFIG_VARIABLE, Setting, find_file, load, settings
 from imrelay.settings.table import settings_table
 from imrelay.settings.values import Config
@@ -38,7 +38,7 @@ logger = logging.getLogger("imrelay")
 _EXIT_USAGE, _EXIT_FAILED = 2, 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 #: Seconds for what the log has to write, where the process is ended at once.
-_LAST_WORDS = 0.5
+_LOG_TIMEOUT = 0.5
 #: What `imrelay check-config --help` says about its table.
 _NAMES = (
     "The table has all settings, by the section of the file that each may stand in. [server] http_timeout is also "
@@ -158,8 +158,8 @@ def _print_config(config: Config) -> None:
 def _inbox(config: Config, options: argparse.Namespace) -> int:
     user = check_id(options.user)
     logging.disable()  # what goes wrong is said once, at the end
-    with inbox_keeper(config) as keeper:
-        state = keeper.look(user)
+    with inbox_inspector(config) as inspector:
+        state = inspector.look(user)
         if state is None:
             print(f"{user} has no inbox: nobody with this id was ever here, or not for long")
             return _EXIT_FAILED
@@ -167,15 +167,15 @@ def _inbox(config: Config, options: argparse.Namespace) -> int:
         if not state.consumers:
             print("RabbitMQ takes this look for a use of the inbox: its time to expire has begun anew")
         if options.purge and _agrees(options, f"Throw away {state.messages} messages to {user}"):
-            print(f"{keeper.purge(user)} messages thrown away")
+            print(f"{inspector.purge(user)} messages thrown away")
         elif options.drop:
             if state.consumers:
                 raise SetupError(f"{user} is here and has the first messages: --drop works while nobody is")
             count = min(options.drop, state.messages)
             if count and _agrees(options, f"Throw away the first {count} messages to {user}"):
-                print(f"{keeper.drop(user, count)} messages thrown away")
+                print(f"{inspector.drop(user, count)} messages thrown away")
         elif options.delete and _agrees(options, f"Delete the inbox of {user} with {state.messages} messages"):
-            print(f"inbox deleted, with {keeper.delete(user)} messages")
+            print(f"inbox deleted, with {inspector.delete(user)} messages")
     return 0
 
 
@@ -218,7 +218,7 @@ def _run(service: _Service, stream: LogStream) -> int:
         name = signal.Signals(number).name
         if stopping.is_set():
             logger.warning("%s again: ending at once", name)
-            stream.finish(_LAST_WORDS)
+            stream.finish(_LOG_TIMEOUT)
             os._exit(128 + number)
         logger.info("%s: stopping", name)
         stopping.set()

@@ -15,7 +15,7 @@ from imrelay.broker.connection import Connection
 from imrelay.broker.topology import INBOX_TAG, Topology
 from imrelay.errors import ChannelLost, SetupError
 
-__all__ = ["InboxKeeper", "InboxState"]
+__all__ = ["InboxInspector", "InboxState"]
 
 _NOT_FOUND = 404
 #: Messages under way while the first ones are thrown away.
@@ -34,7 +34,7 @@ class InboxState:
     consumers: int
 
 
-class InboxKeeper:
+class InboxInspector:
     """Looks into inboxes over a connection that it opens and closes; use it as a context."""
 
     def __init__(self, connection: Connection, topology: Topology, *, timeout: float) -> None:
@@ -43,7 +43,7 @@ class InboxKeeper:
         self._topology = topology
         self._timeout = timeout
 
-    def __enter__(self) -> InboxKeeper:
+    def __enter__(self) -> InboxInspector:
         """Connect; raises `SetupError` where the broker does not answer."""
         self._connection.start()
         if not self._connection.wait_open(self._timeout):

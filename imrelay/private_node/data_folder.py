@@ -29,7 +29,7 @@ from imrelay.errors import SetupError
 from imrelay.private_node.installation import HOST, PORTS, free_ports, is_free_port
 from imrelay.private_node.process import is_free_lock, lock_file, read_pid
 
-__all__ = ["Identity", "NodeFolder", "running_url"]
+__all__ = ["NodeFolder", "NodeIdentity", "running_url"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _MOST_SCHEDULERS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class NodeIdentity:
     """What a node keeps over its restarts."""
 
     name: str
@@ -63,7 +63,7 @@ class NodeFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         self._lock: int | None = None
-        self._identity: Identity | None = None
+        self._identity: NodeIdentity | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -71,7 +71,7 @@ class NodeFolder:
         return self._lock is not None
 
     @property
-    def identity(self) -> Identity:
+    def identity(self) -> NodeIdentity:
         """Name, password and ports of the node, from `choose` on."""
         if self._identity is None:
             raise RuntimeError("the private RabbitMQ has no URL before its start")
@@ -162,9 +162,9 @@ class NodeFolder:
         """
         path = self.path / "node.json"
         try:
-            known = Identity(**json.loads(path.read_text()))
+            known = NodeIdentity(**json.loads(path.read_text()))
         except FileNotFoundError:
-            known = Identity(f"imrelay-{secrets.token_hex(4)}@localhost", secrets.token_urlsafe(24), 0, 0, 0)
+            known = NodeIdentity(f"imrelay-{secrets.token_hex(4)}@localhost", secrets.token_urlsafe(24), 0, 0, 0)
         except (ValueError, TypeError) as exc:
             raise SetupError(
                 f"{path} is damaged: restore it, or remove {self.path} with all its messages"

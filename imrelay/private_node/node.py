@@ -188,7 +188,7 @@ class PrivateBroker:
             raise SetupError("the private RabbitMQ was stopped during its start")
         if not child.alive:
             raise SetupError(
-                f"RabbitMQ ended during its start with status {child.wait()}: {logs}{child.last_words()}"
+                f"RabbitMQ ended during its start with status {child.wait()}: {logs}{child.last_output()}"
             )
         try:
             pika.BlockingConnection(pika.URLParameters(f"{self.url}?socket_timeout=10")).close()

@@ -110,7 +110,7 @@ class Child:
                 os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
 
-    def last_words(self) -> str:
+    def last_output(self) -> str:
         """Return the end of what it printed, as the end of a sentence; empty where it printed nothing."""
         with contextlib.suppress(OSError):
             lines = [line.strip() for line in self.output.read_text(errors="replace").splitlines()]

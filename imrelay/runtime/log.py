@@ -16,7 +16,7 @@ from imrelay.settings.values import LogConfig
 __all__ = ["configure"]
 
 #: Seconds at the end of the process for what the log still has to write.
-_LAST_WORDS = 2.0
+_FINISH_TIMEOUT = 2.0
 
 
 class _Text(logging.Formatter):
@@ -55,7 +55,7 @@ def configure(config: LogConfig) -> LogStream:
     # Where the process was started without a standard error, its number may be that of a socket by now.
     descriptor = sys.__stderr__.fileno() if sys.__stderr__ else os.open(os.devnull, os.O_WRONLY)
     stream = LogStream(descriptor, _notice(formatter))
-    atexit.register(stream.finish, _LAST_WORDS)
+    atexit.register(stream.finish, _FINISH_TIMEOUT)
     sys.stderr = stream
     handler = logging.StreamHandler(stream)
     handler.setFormatter(formatter)

@@ -24,7 +24,7 @@ PACKAGE = "imrelay"
 _ACKNOWLEDGEMENTS = "broker/acknowledgements.py"
 _BATCHES = "broker/batch_writer.py"
 _CONSUMER = "broker/consumer.py"
-_HUB = "sessions/registry.py"
+_REGISTRY = "sessions/registry.py"
 _INTAKE = "sessions/intake.py"
 _LEDGER = "broker/ledger.py"
 _LIVE = "broker/live_queue.py"
@@ -37,7 +37,7 @@ _SERVER = "server.py"
 _SESSION = "sessions/session.py"
 _SUBSCRIPTION = "broker/subscription.py"
 _TOPOLOGY = "broker/topology.py"
-_UNDER_WAY = "broker/unconfirmed.py"
+_UNCONFIRMED = "broker/unconfirmed.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         "predecessor-not-ended",
-        _HUB,
+        _REGISTRY,
         '            member.close(RESUMED, "resumed by another connection")\n'
         "            member.wait_detached(timeout)\n",
         "            pass\n",
@@ -214,13 +214,13 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         "confirm-dropped",
-        _UNDER_WAY,
+        _UNCONFIRMED,
         "            return [] if publication is None else [publication]\n",
         "            return [] if publication is None or tag % 7 == 0 else [publication]\n",
     ),
     Breakage(
         "multiple-confirm-dropped",
-        _UNDER_WAY,
+        _UNCONFIRMED,
         "            if each > tag:\n",
         "            if each >= tag:\n",
     ),
@@ -232,7 +232,7 @@ BREAKAGES: tuple[Breakage, ...] = (
     ),
     Breakage(
         "returned-is-ack",
-        _UNDER_WAY,
+        _UNCONFIRMED,
         "                publication.returned = True\n",
         "",
     ),
