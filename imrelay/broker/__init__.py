@@ -1,1 +1,1 @@
-"""AMQP 0-9-1 to RabbitMQ: connections, channels, the publisher, and what delivers to sessions."""
+"""AMQP 0-9-1 to RabbitMQ: connections, channels, the publisher, and the consumers of sessions."""

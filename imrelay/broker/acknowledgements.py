@@ -1,4 +1,4 @@
-"""Acknowledgements: what one subscription tells the broker of the deliveries that were taken from its mailbox."""
+"""Acknowledgements: one subscription tells the broker which deliveries were taken from its mailbox."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["Acknowledgements"]
 
 
 class Acknowledgements:
-    """The acknowledgements of one subscription; those of deliveries of other channels are void and left out."""
+    """The acknowledgements of one subscription. A delivery of another channel is skipped: it is void."""
 
     __slots__ = ("_channel", "_first_ordered", "_hurry_from", "_unsaid", "is_ordered", "on_taken")
 
     def __init__(self) -> None:
-        #: Called with all that was taken, before it is acknowledged; None while nobody has to know.
+        #: Called with all that was taken, before it is acknowledged; None while that is not needed.
         self.on_taken: Callable[[Sequence[Delivery]], None] | None = None
         #: Whether deliveries go to the mailbox in the order of their tags, and none is left out: then one
         #: acknowledgement is for many. The owner sets it to False, and `restore_order` back.
@@ -28,7 +28,7 @@ class Acknowledgements:
         self._unsaid = self._hurry_from = 0
 
     def start(self, channel: Channel, prefetch: int) -> None:
-        """Acknowledge on this channel, whose consumers get so many messages ahead."""
+        """Acknowledge on this channel, whose consumers have this `prefetch`."""
         self._channel = channel
         self._hurry_from = prefetch // 2
 
@@ -71,18 +71,18 @@ class Acknowledgements:
                 channel.ack(delivery.tag, multiple=False, at_once=at_once)
 
     def ack_copies(self, tags: Sequence[int]) -> None:
-        """Acknowledge what was left out, since its copies were taken; not urgent."""
+        """Acknowledge deliveries that were left out, since their copies were taken; not urgent."""
         if self._channel is not None:
             for tag in tags:
                 self._channel.ack(tag, multiple=False, at_once=False)
 
     def discard(self, delivery: Delivery) -> None:
-        """Reject a delivery without having it again (`basic.reject`)."""
+        """Reject a delivery, so that it does not come again (`basic.reject`)."""
         if self._channel is not None and delivery.channel is self._channel:
             self._channel.discard(delivery.tag)
 
     def _is_urgent(self, count: int) -> bool:
-        """Tell whether the broker should hear of acknowledgements now, lest it run out of what it may deliver."""
+        """Tell whether half of the prefetch is unacknowledged: without acknowledging, deliveries would stop."""
         self._unsaid += count
         if self._unsaid < self._hurry_from:
             return False

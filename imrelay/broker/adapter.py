@@ -2,7 +2,7 @@
 
 No other module knows a private name of pika's, and this one knows these:
 
-pika calls                            it is told by
+pika calls                            and is told by
   _adapter_connect_stream               _on_stream_connected     the socket is there: begin the AMQP handshake
   _adapter_disconnect_stream            _on_data_available       frames of channel 0, as they came
   _adapter_emit_data                    _on_stream_terminated    the socket is gone, and why
@@ -37,10 +37,10 @@ __all__ = ["Adapter"]
 
 logger = logging.getLogger(__name__)
 
-#: Event of libev's io watchers: something has come.
+#: Event of libev's io watchers: the descriptor is readable.
 _READ = 1
-#: Seconds for which replies that nobody waits for stay with the kernel, and bytes that end this before the time:
-#: see `expect`.
+#: Seconds for which replies that nobody waits for are left in the kernel, and bytes that end this earlier: see
+#: `expect`.
 _PATIENCE, _PLENTY = 0.005, 16_384
 #: What surrounds the payload of a frame, in bytes (AMQP 0-9-1, 2.3.5).
 _AROUND = 8
@@ -78,7 +78,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         self._handshake_timer: Any = None
         # Begun by `again` and stopped when it fires: one without `repeat` fires at once when it is started anew.
         self._patience = self._hub.loop.timer(_PATIENCE, _PATIENCE)
-        #: Whether the kernel keeps quiet about what has come, up to `_PLENTY`, until the timer looks.
+        #: Whether the kernel reports no fewer than `_PLENTY` bytes, until the timer fires.
         self._is_patient = False
         super().__init__(
             parameters,
@@ -131,7 +131,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         self._close_behind_channels()
 
     def forget_channel(self, number: int) -> None:
-        """Let go of a channel that has ended; its number may be used again."""
+        """Remove a channel that has ended; its number may be used again."""
         self.channels.pop(number, None)
         if self._is_shutting_down:
             self._close_behind_channels()
@@ -186,7 +186,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
             self._adapter_remove_timeout(timer)
 
     def _release(self) -> None:
-        """Close the socket, and tell pika and through it everybody."""
+        """Close the socket, and tell pika, which calls `_on_ended`."""
         self._is_ending = True
         self._stop_handshake_timer()
         self._patience.stop()
@@ -198,7 +198,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         self._on_stream_terminated(self._failure)
 
     def _on_ended(self, connection: Adapter, reason: BaseException) -> None:
-        """Tell the channels first: who is then told that the connection has ended finds them all ended."""
+        """Tell the channels first, so that all have ended when the owner learns of the connection's end."""
         self._end_reason = reason
         channels = list(self.channels.values())
         self.channels.clear()
@@ -213,7 +213,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
     def _read(self, stream: Stream) -> None:
         """Read until pika or `abort` ends the connection. Raises what the connection meets.
 
-        After each `READ_SIZE` bytes others have their turn.
+        Other greenlets have their turn after each `READ_SIZE` bytes.
         """
         self._reader = self._hub.loop.io(stream.fileno(), _READ)
         # Started once for all reads. While this greenlet waits for anything else a switch would be an error:
@@ -221,7 +221,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         self._reader.start(self._greenlet.switch)
         try:
             while not self._is_ending:
-                # what came before a write failed says why, as a rule: it is read first
+                # what came before a write failed usually says why: it is read first
                 if self._write_error is None and not (stream.is_tls and stream.has_decrypted):
                     self._is_waiting = True
                     self._hub.switch()
@@ -254,7 +254,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         return 0
 
     def _wait_writable(self, stream: Stream) -> None:
-        """Block until the kernel takes something; what comes meanwhile waits."""
+        """Block until the socket is writable; what comes meanwhile is read afterwards."""
         self._reader.stop()
         wait_write(stream.fileno())
         self._reader.start(self._greenlet.switch)
@@ -269,9 +269,9 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         self._hub.loop.run_callback(self._wake)
 
     def expect(self, *, at_once: bool) -> None:
-        """Say that something will come, and whether anybody waits for it; else it is read a little later.
+        """Note that a confirm will come, and whether anybody waits for it; if not, it is read a little later.
 
-        One wake-up of the process then serves for many confirms. Does nothing on a TLS connection.
+        So the process wakes up once for many confirms. Does nothing on a TLS connection.
         """
         if at_once:
             if self._is_patient:
@@ -281,7 +281,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
             self._patience.again(self._on_patience_end)
 
     def set_patience(self, is_patient: bool) -> None:
-        """Have the kernel keep quiet about fewer than `_PLENTY` bytes, or tell of each (`SO_RCVLOWAT`)."""
+        """Have the kernel report the socket as readable from `_PLENTY` bytes on, or from one (`SO_RCVLOWAT`)."""
         self._is_patient = is_patient
         if self._stream is not None:
             self._stream.set_low_water(_PLENTY if is_patient else 1)

@@ -51,12 +51,12 @@ class BatchWriter:
         self._max_unconfirmed = max_unconfirmed
         self._clock = clock
         self._template: PublishTemplate | None = None
-        #: The last one whose sender waits for its answer.
+        #: The delivery tag of the last message whose sender waits for its answer.
         self._awaited_tag = 0
 
     @property
     def has_room(self) -> bool:
-        """Whether one more message may be under way."""
+        """Whether one more message may be published before others are confirmed."""
         return len(self._unconfirmed) < (1 if self._refusals.suspects else self._max_unconfirmed)
 
     def begin(self, template: PublishTemplate) -> None:
@@ -97,7 +97,7 @@ class BatchWriter:
             try:
                 method = inbox.method or self._encode_method(inbox, user)
                 content = encode(publication.mid, publication.binary, publication.body)
-            except ValueError:  # AMQP has no room for it: that one must not end the publisher of all
+            except ValueError:  # a field is too long for AMQP: that message must not end the publisher
                 logger.exception("message %s cannot be published", publication.mid)
                 self._ledger.answer(publication, BadMessage("this message cannot be published"))
                 self._routes.skip(publication)
@@ -112,7 +112,7 @@ class BatchWriter:
             channel.publish(b"".join(frames), at_once=hurry)
 
     def _find_inbox(self, publication: Publication, now: float) -> KnownInbox | None:
-        """Return the inbox of a user who is not in the newer part of `_known`; None: the message waits."""
+        """Return the inbox of a user who is not in the recent half of `_known`; None: the message waits."""
         user = publication.user
         inbox = self._known.find(user)
         if inbox is not None and inbox.until > now:

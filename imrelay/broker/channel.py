@@ -1,11 +1,11 @@
-"""One AMQP channel of an `Adapter`: a blocking face for its owner, and what arrives for it.
+"""One AMQP channel of an `Adapter`: blocking calls for its owner, and callbacks for what arrives.
 
-What arrives is taken where the connection is read, and nothing there may block; a greenlet that uses this face
-simply waits. Requests are pipelined: all methods of one `call` go out together and take one round trip,
-`channel.open` among them.
+What arrives is handled in the greenlet that reads the connection, where nothing may block; a caller blocks in its
+own. Requests are pipelined: all methods of one `call` go out together and take one round trip, `channel.open`
+among them.
 
-OPENING --channel.open-ok--> OPEN --close--> CLOSING --channel.close-ok--> CLOSED
-   any of them --channel.close of the broker's, end of the connection--> CLOSED
+    OPENING --channel.open-ok--> OPEN --close--> CLOSING --channel.close-ok--> CLOSED
+    any of them --channel.close of the broker's, end of the connection--> CLOSED
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _REPLIES: dict[type[Method], type[Method]] = {
 #: Seconds for the broker to answer all methods of one `call`. A declare may hang for ever, at a queue whose leader
 #: is lost, while the connection lives.
 ANSWER_TIMEOUT = 30.0
-#: Stands where no answer is awaited: there is a channel for each socket.
+#: Shared by all channels that await no answer, to save memory: there is a channel for each socket.
 _NO_REPLIES: list[Method] = []
 
 
@@ -298,7 +298,7 @@ class Channel:
             self._outbound.emit(encode_method(self._number, spec.Channel.CloseOk()))
             self._end(ChannelLost(f"{method.reply_code} {method.reply_text}", method.reply_code))
         elif isinstance(method, spec.Channel.CloseOk):
-            if self._state is _CLOSING:  # else one that had crossed, for who had this number before
+            if self._state is _CLOSING:  # otherwise a late one, for the channel that had this number before
                 self._end(ChannelLost("closed"))
         elif isinstance(method, (spec.Basic.Ack, spec.Basic.Nack)):
             if self.on_confirm is not None:
@@ -307,7 +307,7 @@ class Channel:
             if self._on_cancel is not None:
                 self._on_cancel()
         elif self._state is not _CLOSING:
-            logger.debug("channel %d: %s means nothing here", self._number, method.NAME)
+            logger.debug("channel %d: unexpected %s", self._number, method.NAME)
 
     def receive_content(self, method: Method, properties: spec.BasicProperties, body: bytes) -> None:
         """Take a message that was returned, or delivered where there is no `on_delivery`."""
@@ -337,7 +337,7 @@ class Channel:
 
 
 def _in_order(expected: Sequence[type[Method]], replies: list[Method]) -> list[Method]:
-    """Sort answers by what was asked: RabbitMQ's queues send `basic.consume-ok` when they get round to it."""
+    """Sort answers by what was asked: RabbitMQ's queues send `basic.consume-ok` later than other answers."""
     left = list(replies)
     return [left.pop(next(i for i, reply in enumerate(left) if type(reply) is kind)) for kind in expected]
 

@@ -1,9 +1,9 @@
 """The frames of the hot path, read from and written to bytes in one step each (AMQP 0-9-1, 2.3.5 and 4.2).
 
-pika decodes a delivery as three frames, through objects and callbacks for each; on the way of every message that
-is most of its cost. Here a whole `basic.deliver` (method, header and body) and a `basic.ack` of the broker's come
-out of the receive buffer at once, and a publish or an acknowledgement is packed from what is the same every time.
-Whatever else arrives, and a message of several body frames, is read frame by frame: `take` then says None.
+pika decodes a delivery as three frames, with objects and callbacks for each, which would take most of the time of
+every message. Here a whole `basic.deliver` (method, header and body) and a `basic.ack` of the broker's come
+out of the receive buffer in one step, and a publish or an acknowledgement is packed into a prepared template.
+Whatever else arrives, and a message of several body frames, is read frame by frame: `take` returns None for it.
 
     frame     type (1)  channel (2)  size (4)  payload (size)  0xCE
     deliver   60 60  consumer tag  delivery tag (8)  redelivered (1)  exchange  routing key
@@ -63,12 +63,12 @@ def _short(text: str) -> bytes:
 
 _OCTETS = [bytes((number,)) for number in range(256)]
 
-#: The properties that a relay sets, and no others: content_type, delivery_mode, message_id, type, app_id.
+#: The property flags of a relay's messages: content_type, delivery_mode, message_id, type, app_id.
 _OUR_FLAGS = 1 << 15 | 1 << 12 | 1 << 7 | 1 << 5 | 1 << 3
 _APP_ID = "imrelay"
 _CONTENT_TYPE = _short("application/json")
 _MID_SIZE = 26
-#: What of a relay's header stands before the octet of delivery_mode, and what behind the message id of a text.
+#: The parts of a relay's header before the octet of delivery_mode, and after the message id of a text.
 _BEFORE_MID = _OUR_FLAGS.to_bytes(2, "big") + _CONTENT_TYPE
 _AFTER_TEXT_MID = _short("text") + _short(_APP_ID) + bytes((_END,))
 #: The header of a relay's text: type, size of the payload, body size, `_BEFORE_MID`, size of the message id,
@@ -107,14 +107,14 @@ class Delivery:
         self.is_own = is_own
         #: The AMQP property `timestamp`, in milliseconds since 1970; other programs may set it.
         self.time_ms = time_ms
-        #: Whose delivery it is; for the consumer to set.
+        #: The channel that it came over; set by the subscription.
         self.channel: object = None
 
     @classmethod
     def from_properties(
         cls, consumer_tag: str, tag: int, redelivered: bool, properties: spec.BasicProperties, body: bytes
     ) -> Delivery:
-        """Make one of a content header with whatever properties."""
+        """Make one from any properties."""
         stamp = properties.timestamp
         return cls(
             consumer_tag,
@@ -297,7 +297,7 @@ def encode_message(
 
 
 class PublishTemplate:
-    """All of a publish that is the same for every message of a channel.
+    """The parts of a publish that are the same for every message of a channel.
 
     `body_max` is the largest payload of a body frame on this connection.
     """

@@ -1,10 +1,13 @@
-"""A keeper for one AMQP connection: it opens it, watches it, and opens it again when it was lost.
+"""One AMQP connection, and the keeper: the greenlet that opens it, reads it, and opens it again after a loss.
 
-CONNECTING --> OPEN <--> BLOCKED        BLOCKED: the broker has raised an alarm (connection.blocked)
-    |  ^         |          |           and reads nothing that is published
-    v  |         v          v
-  WAITING <-------- lost --------       WAITING: a pause of random length before the next attempt
-any of them --> CLOSED                  for good, by `close`
+The states of a connection:
+
+    CONNECTING --> OPEN <--> BLOCKED        BLOCKED: the broker has raised an alarm (connection.blocked)
+        |  ^         |          |           and reads nothing that is published
+        v  |         v          v
+      WAITING <-------- lost --------       WAITING: a pause of random length before the next attempt
+
+    any of them --> CLOSED                  for good, by `close`
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 #: Longest pause before an attempt to connect, in seconds; the first is at most `_FIRST_PAUSE`.
 _LONGEST_PAUSE = 15.0
 _FIRST_PAUSE = 0.25
-#: Seconds in which a connection that ends is done with its end.
+#: Seconds for a connection that has ended to change its state.
 _MOMENT = 0.02
 #: Seconds for TCP, TLS and the AMQP handshake together; TCP and TLS have half of it each.
 _CONNECT_TIMEOUT = 15.0
@@ -51,7 +54,7 @@ class ConnectionState(enum.Enum):
 
 
 class Connection:
-    """One AMQP connection that comes back by itself until it is closed.
+    """One AMQP connection, which is opened again after each loss until it is closed.
 
     `urls` is asked before each attempt, so that a broker may move; the URLs it returns are tried in turn. It may
     raise `SetupError` to say why there are none.
@@ -112,9 +115,9 @@ class Connection:
                 self._ended.wait(timeout)
 
     def hurry(self) -> None:
-        """Try again now, where it pauses after an attempt that failed: the broker has been seen. Returns at once.
+        """End the pause after a failed attempt: the broker was reached by another connection. Returns at once.
 
-        The short random pause after a loss stays: a broker that accepts and closes is not called in a circle.
+        The short random pause after a loss stays: a broker that accepts and closes is not called in a tight loop.
         """
         if self._is_backing_off:
             self._tries = 0
@@ -159,8 +162,8 @@ class Connection:
     def add_channel(self, channel: Receiver) -> tuple[Adapter, int]:
         """Take a channel; return what it sends over, and its number.
 
-        Numbers go round instead of the lowest free one: late frames of a channel that has just been closed
-        would else reach its successor. Raises `ChannelLost` when there is no connection or no free number.
+        Numbers are used in rotation, not the lowest free one first: late frames of a channel that has just been
+        closed would reach its successor. Raises `ChannelLost` when there is no connection or no free number.
         """
         adapter = self._adapter
         if adapter is None or not self.is_open:
@@ -178,7 +181,7 @@ class Connection:
             return
         self._tell(state, problem)
         self.state = state
-        if state is not ConnectionState.CONNECTING:  # which does not yet know better
+        if state is not ConnectionState.CONNECTING:  # whose result is not known yet: the former reason stays
             self.reason = problem
             self.problem = f"{self._shown}: {problem}" if self._shown and problem else problem
         if state in (ConnectionState.OPEN, ConnectionState.BLOCKED):
@@ -189,10 +192,10 @@ class Connection:
             try:
                 self._on_state(state)
             except Exception:
-                logger.exception("broker connection %s: who uses it failed to take its state", self.name)
+                logger.exception("broker connection %s: the callback for its state failed", self.name)
 
     def _tell(self, state: ConnectionState, problem: str) -> None:
-        """Log a change of state; that it still cannot be reached for the same reason is said once."""
+        """Log a change of state; further failures for the same reason are logged as debug."""
         told = f"{self._shown}: {problem}" if self._shown else problem
         level = logging.WARNING if problem and state is not ConnectionState.CLOSED else logging.INFO
         if state is ConnectionState.CONNECTING or told in self._told:
@@ -244,7 +247,7 @@ class Connection:
         self._set_state(ConnectionState.WAITING, problem)
 
     def _connect(self, url: str) -> str:
-        """Live through one connection, from the attempt to its end; say what prevented it, or nothing."""
+        """Run one connection, from the attempt to its end; return why it was not opened, or an empty string."""
         opened: list[bool] = []
         self._ended.clear()
 
@@ -261,7 +264,7 @@ class Connection:
         self._shown = hide_password(url)
         try:
             adapter = self._adapter = Adapter(self._parameters(url), self._addresses, on_open=on_open)
-        except Exception as exc:  # pika's parsing of the URL raises what it likes
+        except Exception as exc:  # pika's parsing of the URL raises various types
             return str(exc)
         try:
             reason = describe(adapter.run())
@@ -299,7 +302,7 @@ def _pause(tries: int) -> float:
 
 
 def describe(reason: BaseException) -> str:
-    """Say in a few words why pika gave a connection or a channel up."""
+    """Say in a few words why pika has ended a connection or a channel."""
     if isinstance(reason, (ConnectionClosed, ChannelClosed)):
         return f"{reason.reply_code} {reason.reply_text}"
     exceptions = getattr(reason, "exceptions", None)

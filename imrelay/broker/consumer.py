@@ -1,8 +1,9 @@
-"""A consumer: what brings a user's messages from the broker to one browser socket.
+"""A consumer: delivers a user's messages from the broker to one browser socket.
 
 Each socket has a consumer with a channel of its own. The first socket of a user is the active consumer of the
 inbox; a further one stands by there and gets its copies from a live queue until the broker promotes it. So does
-one that cannot know whether it is the first. What its mailbox has no room for it sends back: see `overflow`.
+one that cannot know whether it is the first. Deliveries that its mailbox has no room for are sent back: see
+`overflow`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Protocol
 from gevent.event import Event
 
 from imrelay.broker.channel import Channel
+from imrelay.broker.codec import Delivery
 from imrelay.broker.connection import Connection
 from imrelay.broker.consumer_state import ConsumerState
-from imrelay.broker.mailbox import Delivery, Mailbox
+from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.subscription import Subscription
 from imrelay.broker.topology import AS_IT_STANDS, Topology
 from imrelay.errors import ChannelLost
@@ -26,26 +28,26 @@ __all__ = ["Consumer", "Keeper"]
 
 logger = logging.getLogger(__name__)
 
-#: Longest time that is waited for a quorum queue to hear of the end of a consumer, in seconds.
+#: Seconds to wait, at most, until a quorum queue knows that a consumer has ended.
 _GIVEN_BACK = 0.5
 #: `channel.close` code of AMQP 0-9-1.
 _PRECONDITION_FAILED = 406
 
 
 class Keeper(Protocol):
-    """Who attaches consumers: the pool."""
+    """What a consumer needs of the pool, which attaches it."""
 
     def enqueue(self, consumer: Consumer, lost: ChannelLost | None = None) -> None:
         """Have a consumer attached; after a pause where `lost` says that this has just failed."""
 
     def forget(self, consumer: Consumer) -> None:
-        """Know nothing more of a consumer that was closed."""
+        """Remove a consumer that was closed."""
 
     def wait_given_back(self, user: str, timeout: float) -> bool:
         """Block until nobody consumes from an inbox any more, or for `timeout` seconds; tell which it was."""
 
     def report_kept(self, user: str, lost: ChannelLost) -> None:
-        """Take note that an inbox was made with other settings and is used as it is."""
+        """Log that an inbox was made with other settings and is used as it is."""
 
 
 class Consumer:
@@ -160,7 +162,7 @@ class Consumer:
             return False
         if self._is_counted:
             return True
-        # A quorum queue hears of the end of a channel after that was confirmed.
+        # A quorum queue learns of the end of a channel after that was confirmed.
         return self._keeper.wait_given_back(self.user, min(_GIVEN_BACK, until - time.monotonic()))
 
     def attach(self, connection: Connection, topology: Topology, prefetch: int) -> None:
@@ -182,7 +184,7 @@ class Consumer:
                 break
             except ChannelLost as exc:
                 self._leave()
-                if self.is_closed:  # the broker may have refused what nobody needs any more
+                if self.is_closed:  # what the broker has refused is no longer needed
                     return
                 if exc.reply_code != _PRECONDITION_FAILED or keep is AS_IT_STANDS[-1]:
                     raise
@@ -208,7 +210,7 @@ class Consumer:
         attached = self.is_attached
         logger.info("the broker cancelled a consumer of %s", ascii(self.user))
         self._leave()
-        if attached:  # else `attach` finds out by itself
+        if attached:  # otherwise `attach` raises
             self._keeper.enqueue(self)
 
     def _on_lost(self, lost: ChannelLost) -> None:
@@ -218,7 +220,7 @@ class Consumer:
             self._keeper.enqueue(self, lost if lost.reply_code else None)
 
     def _leave(self, *, for_good: bool = False) -> None:
-        """End the channel: what it delivered and nobody acknowledged goes back to where it came from."""
+        """End the channel: what it delivered and was not acknowledged goes back to its queue."""
         channel, self._channel = self._channel, None
         self._subscription.close(for_good=for_good)
         if channel is not None:

@@ -18,13 +18,13 @@ __all__ = ["ConsumerState"]
 
 
 class ConsumerState(Enum):
-    """What the broker gives to a consumer on its present channel, and what becomes of that."""
+    """What a consumer gets from the broker on its present channel, and what it does with that."""
 
     DETACHED = auto()
     """It has no channel; the pool attaches it."""
 
     ATTACHING = auto()
-    """It asks to consume from the inbox; the first answers say whether it is the active consumer."""
+    """It begins to consume from the inbox; the broker's answers say whether it is the active consumer."""
 
     BINDING = auto()
     """It may not be the active consumer, and its live queue is being declared, consumed from and bound."""
@@ -36,20 +36,20 @@ class ConsumerState(Enum):
     """It gets copies from its live queue, and nothing from the inbox."""
 
     PROMOTING = auto()
-    """The inbox has begun to deliver: that is set aside until the live queue is empty and deleted."""
+    """The inbox has begun to deliver: its messages are set aside until the live queue is empty and deleted."""
 
     ACTIVE = auto()
     """It has no live queue, and what the inbox delivers goes straight to the mailbox if there is room."""
 
     OVERFLOWING = auto()
-    """The same, but there was no room for some of it: that is sent back, and awaited before anything newer."""
+    """As ACTIVE, but some deliveries had no room: these are sent back, and come before anything newer."""
 
     CLOSED = auto()
     """Its owner has closed it; it is never attached again."""
 
     @property
     def is_attached(self) -> bool:
-        """Whether the broker delivers all that it should, and others may use the channel."""
+        """Whether the broker delivers all messages for the user, and the channel is free for other methods."""
         return self in (
             ConsumerState.STANDING_BY,
             ConsumerState.PROMOTING,

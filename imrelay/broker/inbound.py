@@ -1,6 +1,6 @@
-"""What the broker sends: frames, read from the bytes that have arrived and given to the channel that they are for.
+"""What the broker sends: frames are read from the bytes that have arrived and passed to their channels.
 
-A delivery or a confirm that is there as a whole takes one step (`frames.take`). Everything else is read frame by
+A delivery or a confirm that has arrived whole takes one step (`codec.take`). Everything else is read frame by
 frame: methods by pika's codec, content (a large message, a returned one) put together here. What is for the
 connection itself, channel 0, goes to pika as it came.
 """
@@ -19,17 +19,17 @@ from imrelay.broker.codec import Confirm, Delivery, read_body, read_header, read
 
 __all__ = ["Inbound", "Receiver"]
 
-#: What a frame has before its payload, and around it, in bytes (AMQP 0-9-1, 2.3.5).
+#: Bytes of a frame before its payload, and before and after it together (AMQP 0-9-1, 2.3.5).
 _BEFORE, _AROUND = 7, 8
 _METHOD, _HEADER, _BODY, _HEARTBEAT = 1, 2, 3, 8
-#: The largest frame before the connection has agreed upon one, in bytes.
+#: Bytes of the largest frame until the two sides have agreed on that.
 _FIRST_FRAME_MAX = 131_072
 #: Methods that content follows.
 _WITH_CONTENT = (spec.Basic.Deliver, spec.Basic.Return)
 
 
 class Receiver(Protocol):
-    """A channel, as far as its connection has to know it; nothing that it does here may block."""
+    """What a connection needs of a channel; none of it may block."""
 
     #: None: deliveries go to `receive_content`.
     on_delivery: Callable[[Delivery], None] | None
@@ -73,7 +73,7 @@ class Inbound:
         self._on_connection_frame = on_connection_frame
         #: The largest frame in bytes; what the two sides agree upon is for the owner to set.
         self.frame_max = _FIRST_FRAME_MAX
-        #: Less than a frame, or than a message of one body frame.
+        #: The bytes of a frame, or of a message, that has not arrived whole.
         self._rest = b""
         #: By the number of the channel.
         self._contents: dict[int, _Content] = {}

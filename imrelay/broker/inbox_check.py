@@ -1,7 +1,7 @@
 """Making sure that users have an inbox, before a message is published to them: many in one round trip.
 
-That a mandatory message does not come back is no proof of an inbox: any other queue bound for that user keeps it
-from coming back. So inboxes are declared and bound first, or asked for where nobody's is to be created.
+That a mandatory message does not come back does not prove an inbox: any other queue that is bound for that user
+receives it. So inboxes are declared and bound first, or only looked for where none is to be created.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _BATCH_TIMEOUT = 5.0
 _PARTS = 8
 #: Users of one part where inboxes are replicated: they take longer, on several nodes at the same time.
 _REPLICATED_PART = 8
-#: Channels on which such parts are checked at the same time, and users who could not be checked before.
+#: Channels on which parts are checked at the same time; as many more for users who could not be checked before.
 _PARALLEL = 16
 #: What is known is out of date after so many seconds, and after half of the inbox's expiry.
 _KNOWN_FOR = 60.0
 #: Seconds between two warnings.
 _WARN_INTERVAL = 5.0
 
-#: The way to the inbox; None: there is none, and none is to be opened; or why that is not known.
+#: The inbox; None: there is none, and none is to be created; or the exception that prevented the check.
 Outcome = KnownInbox | BaseException | None
 
 
@@ -88,7 +88,7 @@ class InboxCheck:
         self._bell.ring()
 
     def forget(self) -> None:
-        """Check none of those who wait: all is void."""
+        """Drop all that wait to be checked: the channel was lost, and the routes with it."""
         self._queue.clear()
 
     def stop(self) -> None:
@@ -103,7 +103,7 @@ class InboxCheck:
                 self._bell.wait()
                 continue
             asked = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
-            self._spawn_parts([one for one in asked if one.failures], 1)  # lest they hold up the others
+            self._spawn_parts([one for one in asked if one.failures], 1)  # apart, so that they delay no others
             batch = [one for one in asked if not one.failures]
             if not batch:
                 continue
@@ -135,7 +135,7 @@ class InboxCheck:
             self._on_checked(one, self._known_inbox(asked_at, keep, expires))
 
     def _divide_or_fail(self, batch: Sequence[Route], exc: BaseException) -> None:
-        """Find out for whom the broker has refused a batch, or does not answer it; fail where it is lost."""
+        """Divide a batch that the broker has refused or not answered; report the failure where it was lost."""
         is_for_one = isinstance(exc, gevent.Timeout) or (isinstance(exc, ChannelLost) and exc.reply_code)
         if is_for_one:
             logger.debug("%d inboxes are checked in parts: %s", len(batch), exc)
@@ -169,7 +169,7 @@ class InboxCheck:
                 self._fail(part, exc)
 
     def _check_one(self, route: Route) -> None:
-        """Check one user as thoroughly as it takes."""
+        """Check one user, on a channel for each attempt."""
         asked_at = self._clock()
         if not self._create and not inbox_exists(self._connection, self._topology, route.user):
             self._on_checked(route, None)

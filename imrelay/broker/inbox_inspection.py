@@ -1,4 +1,4 @@
-"""A look into one user's inbox from outside of any relay, and the ways to empty it."""
+"""Looks into the inboxes of users, and empties or deletes them: what `imrelay inbox` does."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class InboxInspector:
         return 0 if answer is None else int(answer.message_count)
 
     def drop(self, user: str, count: int) -> int:
-        """Throw away the first `count` messages that wait, of an inbox without sockets; return how many it were.
+        """Throw away the first `count` messages that wait, of an inbox without sockets; return their number.
 
-        It takes them as a socket does: with one there, that would get them. Raises `ChannelLost`.
+        It consumes them as a socket does: with one there, that would get them. Raises `ChannelLost`.
         """
         dropped = 0
         while dropped < count:
@@ -85,7 +85,7 @@ class InboxInspector:
         return dropped
 
     def _drop_once(self, user: str, want: int) -> int:
-        """Take so many messages, or as many as come, and no other: a quorum queue would put it behind the rest."""
+        """Drop so many messages, or as many as come. It takes no more: a quorum queue would reorder them."""
         tags: list[int] = []
         is_done = Event()
 

@@ -1,4 +1,4 @@
-"""Reaching inboxes from the sender's side: making sure of them, one or many, and offering a message once more."""
+"""Inboxes from the sender's side: to find or create one or many, and to publish a refused message once more."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ _UNREADABLE_EXPIRY = 2.0
 
 
 def methods_for(topology: Topology, users: Iterable[tuple[str, Keep]], *, create: bool) -> list[Method]:
-    """Return what makes sure of inboxes in one round trip; each is answered by one `queue.declare-ok`, or two.
+    """Return the methods for a check of inboxes in one round trip; each has one `queue.declare-ok`, or two.
 
-    They open an inbox that is not there, or without `create` have it
-    refuse with 404; and bind it again.
+    They create an inbox that is not there, or without `create` make the broker refuse with 404; and bind it again.
     """
     methods: list[Method] = []
     for user, keep in users:
@@ -44,7 +43,7 @@ def inbox_exists(connection: Connection, topology: Topology, user: str) -> bool:
     try:
         channel.call(topology.ask_inbox(user))
     except ChannelLost as exc:
-        # a queue whose node is down is not found either, but "home node … is down or inaccessible"
+        # for a queue whose node is down the reason is "home node … is down or inaccessible"
         if exc.reply_code == _NOT_FOUND and "no queue" in exc.reason:
             return False
         raise
@@ -54,10 +53,10 @@ def inbox_exists(connection: Connection, topology: Topology, user: str) -> bool:
 
 
 def open_inbox(connection: Connection, topology: Topology, user: str) -> tuple[Keep, float | None]:
-    """Declare and bind the user's inbox, or find it standing with whatever arguments.
+    """Declare and bind the user's inbox, or accept the one that is there with whatever arguments.
 
-    Returns as what it is accepted, and its `x-expires` in seconds where that is another one than the topology's
-    (0: never; None: the same). Raises `ChannelLost`.
+    Returns what of it is accepted as it stands, and its `x-expires` in seconds where that differs from the
+    topology's (0: never; None: the same). Raises `ChannelLost`.
     """
     expires: float | None = None
     for keep in AS_IT_STANDS:

@@ -1,4 +1,4 @@
-"""The inboxes that are known to be there: as what, and until when that is known."""
+"""The inboxes that are known to exist: with which declarations they are accepted, and until when that holds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KnownInbox:
 
 
 class KnownInboxes:
-    """The inboxes that were found over one channel, in two generations: one look per message, no bookkeeping."""
+    """The inboxes that were found over one channel, in two generations: one look-up per message."""
 
     __slots__ = ("_older", "recent")
 
@@ -36,7 +36,7 @@ class KnownInboxes:
         self._older: dict[str, KnownInbox] = {}
 
     def find(self, user: str) -> KnownInbox | None:
-        """Return what is known, be it out of date."""
+        """Return what is known, even if it is out of date."""
         inbox = self.recent.get(user)
         if inbox is None:
             inbox = self._older.get(user)
@@ -51,11 +51,11 @@ class KnownInboxes:
         self.recent[user] = inbox
 
     def forget(self, user: str) -> None:
-        """Know nothing of a user's inbox any more: a message came back."""
+        """Forget a user's inbox: a message came back."""
         self.recent.pop(user, None)
         self._older.pop(user, None)
 
     def clear(self) -> None:
-        """Know nothing: on another channel a message has another frame, an inbox on another node may differ."""
+        """Forget all: on another channel the method frames differ, and on another node the inboxes may."""
         self.recent = {}
         self._older = {}

@@ -77,16 +77,16 @@ class Ledger:
         return True
 
     def withdraw(self, publication: Publication) -> None:
-        """Forget a message if it still waits for room: its sender is gone, and is not told of anything."""
+        """Forget a message if it still waits for room: its sender is gone, and gets no answer."""
         if self._waiting.pop(publication, None) is not None:
             publication.done = True
             publication.body = publication.sent = b""
             self._admit()  # the next one may need less room
 
     def answer(self, publication: Publication, error: AnswerableError | None) -> None:
-        """Tell the sender: it was confirmed, or why not. The first answer counts.
+        """Tell the sender that it was confirmed, or why not. The first answer counts.
 
-        The body is let go: a broker that takes and does not confirm must not keep it here.
+        The body is dropped: a broker that takes messages and does not confirm them must not keep them in memory.
         """
         if publication.done:
             return
@@ -103,7 +103,7 @@ class Ledger:
         publication.done = True
         try:
             publication.on_done(publication, error)
-        except Exception:  # one sender's fault is not that of the others, who are answered in the same loop
+        except Exception:  # the other senders, who are answered in the same loop, still get their answers
             logger.exception("the sender of message %s could not be answered", publication.mid)
         publication.body = publication.sent = b""
 

@@ -1,7 +1,7 @@
-"""The live queue of a consumer that stands by, and what is set aside because of it.
+"""The live queue of a consumer that stands by, and the deliveries that are set aside because of it.
 
-That is what comes from it at first, until it is clear that the inbox has nothing older, and what the inbox
-delivers until the live queue is empty and deleted.
+These are the first ones from the live queue, until it is clear that the inbox has nothing older, and those of the
+inbox, until the live queue is empty and deleted.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class LiveQueue:
         self.name = ""
         #: What is to be sent before it ends, see `Topology.unbind_live`; None until `open` has returned.
         self.unbind: Method | None = None
-        #: Whether it is clear that the inbox has nothing older to give than what comes from the live queue.
+        #: Whether it is clear that the inbox has nothing older than what comes from the live queue.
         self._is_settled = not is_alone
         #: What came from it before that was clear.
         self.early: list[Delivery] = []
-        #: What the inbox gave since it began to.
+        #: What the inbox has delivered.
         self.held: list[Delivery] = []
-        #: Whether it is being deleted: what still comes from it has no place to go back to.
+        #: Whether it is being deleted: what still comes from it cannot be sent back.
         self.is_ending = False
         #: What came from it and had no room.
         self.overflow = Overflow()
@@ -66,9 +66,9 @@ class LiveQueue:
         self.unbind = topology.unbind_live(user, self.name)
 
     def wait_for_leader(self, channel: Channel, ask: Method) -> None:
-        """Block until the inbox counts its consumer or gives something, or for `_LEADERLESS` seconds.
+        """Block until the inbox counts its consumer or delivers something, or for `_LEADERLESS` seconds.
 
-        A quorum queue without a leader counts no consumer and gives nothing. Raises `ChannelLost`.
+        A quorum queue without a leader counts no consumer and delivers nothing. Raises `ChannelLost`.
         """
         until = time.monotonic() + _LEADERLESS
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
@@ -77,7 +77,7 @@ class LiveQueue:
             gevent.sleep(pause)
 
     def drain(self, channel: Channel, deliver: Callable[[Sequence[Delivery]], None]) -> None:
-        """Block until it is empty, and delete it; `deliver` gets what would keep the rest from coming.
+        """Block until it is empty, and delete it; `deliver` gets what was set aside, so that the rest can come.
 
         What still comes while it is being deleted is for the caller to take. Raises `ChannelLost`.
         """
@@ -92,7 +92,7 @@ class LiveQueue:
         channel.call(self.unbind, spec.Basic.Cancel(LIVE_TAG))  # the last consumer: the live queue goes with it
 
     def hold(self, delivery: Delivery) -> None:
-        """Set aside a delivery of the inbox, which has begun to give."""
+        """Set aside a delivery of the inbox, which has begun to deliver."""
         self.set_aside += len(delivery.body) + 1
         self.held.append(delivery)
 

@@ -1,4 +1,4 @@
-"""What a greenlet waits for: a bell that anybody rings, and what is to be written to one browser socket."""
+"""What greenlets wait for: `Bell` wakes one of them, `Mailbox` holds what is to be written to a browser."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from gevent import get_hub, getcurrent
 
 from imrelay.broker.codec import Delivery
 
-__all__ = ["Bell", "Delivery", "Mailbox"]
+__all__ = ["Bell", "Mailbox"]
 
 
 class Bell:
-    """What one greenlet waits for, and anybody rings, the event loop too. An `Event`, for many, costs more.
+    """Wakes the one greenlet that waits; may be rung from anywhere, the event loop too. Cheaper than an `Event`.
 
-    A ring that nobody waits for is not remembered: look at what you wait for before each `wait`.
+    A ring while nobody waits is not remembered: check the condition before each `wait`.
     """
 
     __slots__ = ("_is_rung", "_waiting")
@@ -33,7 +33,7 @@ class Bell:
             self._waiting = None
 
     def ring(self) -> None:
-        """Wake who waits, in this turn of the loop."""
+        """Wake the greenlet that waits, in this turn of the event loop."""
         if self._waiting is not None and not self._is_rung:
             self._is_rung = True
             get_hub().loop.run_callback(self._wake)
@@ -45,10 +45,10 @@ class Bell:
 
 
 class Mailbox(Bell):
-    """What waits to be written to one socket: deliveries, and answers of this process; in order.
+    """What waits to be written to one socket: deliveries, and answers to its own messages; in order.
 
-    Who delivers keeps to `budget`, in bytes of bodies; answers are bounded by who puts them. All but `take` may be
-    called in the event loop.
+    The caller of `deliver` keeps to `budget`, in bytes of bodies; the caller of `put` bounds the answers. All but
+    `take` may be called in the event loop.
     """
 
     __slots__ = ("_closed", "_items", "_taken", "answer_bytes", "budget", "on_empty", "size")
@@ -90,7 +90,7 @@ class Mailbox(Bell):
                 self.ring()
 
     def close(self) -> None:
-        """End it: who takes gets what is there, and then an empty list."""
+        """End it: `take` returns what is there, and then an empty list."""
         self._closed = True
         self.ring()
 

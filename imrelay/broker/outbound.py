@@ -1,7 +1,8 @@
-"""What goes to the broker: the frames of one turn of the event loop leave in one system call.
+"""What goes to the broker: the frames of one turn of the event loop are sent by one system call.
 
 They are written at once while the kernel takes them, without a watcher; what it does not take waits in order, and
-a watcher then sends it. What nobody waits for, acknowledgements, waits a few milliseconds for company.
+a watcher then sends it. Acknowledgements, which nobody waits for, are delayed by a few milliseconds and sent
+together.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from imrelay.broker.stream import Stream
 
 __all__ = ["Outbound"]
 
-#: Event of libev's io watchers: the kernel takes something.
+#: Event of libev's io watchers: the descriptor is writable.
 _WRITE = 2
-#: How long acknowledgements wait for company, in seconds: alone, each would cost both sides a system call and the
-#: broker a turn. What a crash in that time leaves unacknowledged is delivered again with the same message id.
+#: Seconds for which acknowledgements are delayed: sent one by one, each would take a system call on both sides.
+#: What a crash in that time leaves unacknowledged is delivered again with the same message id.
 _LATER = 0.005
 
 
@@ -129,7 +130,7 @@ class Outbound:
             self._writer.start(self._on_writable)
 
     def _on_writable(self) -> None:
-        """Send one piece, as much as the kernel takes; others have their turn before the next."""
+        """Send one piece, as much as the kernel takes; other watchers have their turn before the next."""
         stream = self._stream
         if stream is None or not self._unsent:
             return

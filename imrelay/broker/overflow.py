@@ -1,7 +1,8 @@
-"""What a socket had no room for: sent back to its queue, and awaited from there in the same order.
+"""Deliveries that a socket had no room for: sent back to their queue, and awaited from there in the same order.
 
-A queue gives what is sent back before anything newer, but what was already under way comes in between. So what
-comes is compared with what is awaited, by identity; what is not awaited is newer and goes the same way.
+A queue delivers what is sent back before anything newer, but what was already under way comes in between. So each
+delivery is compared with those that are awaited, by identity; one that is not awaited is newer and is sent back
+too.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class _Refused(NamedTuple):
     redelivered: bool
 
 
-#: Stands where nothing was refused: there are two deques for each socket. Nothing is ever put into it.
+#: Shared by all that have refused nothing, to save memory. Nothing is ever put into it.
 _NOTHING: deque[_Refused] = deque(maxlen=0)
 
 
@@ -69,7 +70,7 @@ class Overflow:
         return len(self._awaited)
 
     def pop(self, identities: Collection[Identity]) -> list[int]:
-        """Forget those of these that were not sent back yet, and return their delivery tags."""
+        """Forget the messages of these identities that were not sent back yet; return their delivery tags."""
         tags = [refused.tag for refused in self._refused if refused.identity in identities]
         if tags:
             self._refused = deque(refused for refused in self._refused if refused.identity not in identities)
@@ -83,9 +84,9 @@ class Overflow:
         self._refused.append(_Refused(delivery.tag, len(delivery.body) + 1, identity, delivery.redelivered))
 
     def admit(self, delivery: Delivery) -> bool:
-        """Tell whether a delivery is an awaited one. Those before it are gone: expired or thrown away meanwhile.
+        """Tell whether a delivery is an awaited one. Those before it are gone: expired or purged.
 
-        It is told as delivered before only if it was so when it came first.
+        Its `redelivered` is that of the first time that it came.
         """
         identity = identify(delivery)
         place = next((at for at, refused in enumerate(self._awaited) if refused.identity == identity), None)
@@ -111,6 +112,6 @@ class Overflow:
         return tags
 
     def give_up(self) -> None:
-        """Await nothing any more: what was sent back does not come."""
+        """Stop waiting: what was sent back does not come."""
         self._awaited.clear()
         self._awaited_size = 0

@@ -1,4 +1,4 @@
-"""Looking after what was sent back and does not come again: it has expired or was thrown away meanwhile."""
+"""Ends the wait for deliveries that were sent back and do not come again: they have expired or were purged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["watch_overflow"]
 
 #: Seconds without a delivery after which the broker is asked whether what was sent back is gone.
 _RETURNING = 5.0
-#: Seconds that RabbitMQ is given to go on delivering after it was told that there is room.
+#: Seconds for RabbitMQ to go on delivering after it was told that there is room.
 _GOING_ON = 0.1
 
 
@@ -26,7 +26,7 @@ def watch_overflow(
     queue: Callable[[], str],
     on_given_up: Callable[[], None],
 ) -> None:
-    """Give up what does not come back; blocks as long as there is any overflow.
+    """Stop waiting for what does not come back; blocks as long as there is any overflow.
 
     `progress` returns what differs after each delivery, or None once the channel is used no more, which ends the
     watch; `queue` the name of the queue to which it was sent back. Raises `ChannelLost`.
@@ -39,10 +39,10 @@ def watch_overflow(
 
 
 def _is_silent(channel: Channel, before: object, progress: Callable[[], object], queue: Callable[[], str]) -> bool:
-    """Tell whether nothing came since `before`, though the broker has answered: it may only have been slow.
+    """Tell whether nothing came since `before` although the broker has answered, so that it is not merely slow.
 
-    An answer of a queue comes behind its deliveries. The second one because RabbitMQ lets a consumer have more
-    a moment after it was told that there is room.
+    A queue answers after its deliveries. It is asked twice, because RabbitMQ goes on delivering a moment after it
+    was told that there is room.
     """
     for pause in (_GOING_ON, 0):
         if progress() != before or channel.is_asking:

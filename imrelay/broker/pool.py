@@ -23,11 +23,11 @@ __all__ = ["ConsumerPool"]
 
 logger = logging.getLogger(__name__)
 
-#: Consumers that are being attached at the same time: a broker that has just come back is not knocked over again.
+#: Consumers that are being attached at the same time: a broker that has just come back is not overloaded.
 _PARALLEL = 16
 #: Seconds between two rounds in which the live queues are bound again.
 _REBIND_INTERVAL = 10.0
-#: Pause before another look whether the user's other consumer is attached, in seconds.
+#: Seconds between two checks of whether the user's other consumer is attached.
 _MOMENT = 0.005
 #: Bounds of the pause after a consumer could not be attached, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
@@ -59,7 +59,8 @@ class ConsumerPool:
         self._attachers = 0
         #: How often a consumer has been attached: whether the broker makes progress.
         self.attached = 0
-        #: Users of whom a consumer is being attached: one after the other, for the reason that `Consumer` gives.
+        #: Users of whom a consumer is being attached. One at a time: a second one has to find the first on the
+        #: broker.
         self._busy: set[str] = set()
         self._change: AsyncResult = AsyncResult()
         self._stopped = False
@@ -86,7 +87,7 @@ class ConsumerPool:
 
     @property
     def may_open_soon(self) -> bool:
-        """Whether they can, or whether it is just being tried."""
+        """Whether consumers can be attached, or a connection is just being opened."""
         return self.is_open or any(
             connection.state is ConnectionState.CONNECTING for connection in self._connections
         )
@@ -113,7 +114,7 @@ class ConsumerPool:
         return self._wait_for_connection()
 
     def forget(self, consumer: Consumer) -> None:
-        """Know nothing more of a consumer that was closed."""
+        """Remove a consumer that was closed."""
         self._consumers.discard(consumer)
         if not consumer.is_attached:
             with contextlib.suppress(ValueError):
@@ -135,7 +136,7 @@ class ConsumerPool:
                     gevent.sleep(_MOMENT)
                 return True
         except ChannelLost as exc:
-            logger.debug("it could not be found out who consumes the messages of %s: %s", ascii(user), exc)
+            logger.debug("it is not known who consumes the messages of %s: %s", ascii(user), exc)
         finally:
             if channel is not None:
                 channel.close()
@@ -168,7 +169,7 @@ class ConsumerPool:
             gevent.spawn(self._run_attacher).name = "attacher"
 
     def report_kept(self, user: str, lost: ChannelLost) -> None:
-        """Say once that settings have changed since inboxes were made; those are used as they are."""
+        """Log once that inboxes were made with other settings and are used as they are."""
         if not self._kept_is_said:
             self._kept_is_said = True
             logger.warning(

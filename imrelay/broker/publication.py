@@ -1,4 +1,4 @@
-"""A message on its way to the broker, and who is told when it got there."""
+"""A message on its way to the broker, and the callback for its answer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from imrelay.errors import AnswerableError
 
 __all__ = ["OnDone", "Publication"]
 
-#: Called once for each publication, in any greenlet or the hub: with None when it was confirmed.
+#: Called once for each publication, in any greenlet or in the event loop: with None when it was confirmed.
 OnDone = Callable[["Publication", AnswerableError | None], None]
 
 
 class Publication:
-    """A message on its way to the broker. `sent` is what its sender sent; without it, the same as `body`."""
+    """A message on its way to the broker. `sent` is the bytes from its sender; by default the same as `body`."""
 
     __slots__ = (
         "binary",
@@ -52,15 +52,15 @@ class Publication:
         self.mid = mid
         #: Milliseconds since 1970.
         self.time_ms = time_ms
-        #: The sender's own id of it, for the answer.
+        #: The `id` that its sender gave it, for the answer.
         self.message_id = message_id
         self.on_done = on_done
         self.done = False
         #: Whether it may have left this process, over this connection or one before, and may arrive.
         self.handed_over = False
-        #: Whether what became of a copy of it will never be known: its channel ended before the broker's answer.
+        #: Whether a copy of it may have been taken: a channel ended before the broker's answer.
         self.is_doubtful = False
-        #: Whether the broker sent it back (`basic.return`): there is no inbox. And how often it did.
+        #: Whether the broker has returned it (`basic.return`), since there is no inbox; and how often.
         self.returned = False
         self.returns = 0
         #: How often the broker closed a connection while it was the only one under way.

@@ -1,11 +1,11 @@
-"""The publisher: one greenlet that takes every message of this process to the broker and answers for it.
+"""The publisher: one greenlet that publishes every message of this process and has its sender answered.
 
 Messages wait in a bounded queue, go out in batches with `mandatory`, and are done when the broker has confirmed
 them. What a lost connection leaves unconfirmed is published again, in order and with the same message id.
 
 A message is handed over when it is written to the connection. As long as the kernel has not taken all of that, and
-while too many are not confirmed, the next ones stay in the queue, from which they are withdrawn when their time is
-over. Before the first message to a user, and when what is known is out of date, the user's inbox is made sure of:
+while too many are not confirmed, the next ones stay in the queue; those that stay too long are withdrawn. Before
+the first message to a user, and when what is known is out of date, the publisher makes sure of the user's inbox:
 messages wait in a `Route` for that, as they do after one came back.
 """
 
@@ -103,7 +103,7 @@ class Publisher:
             clock=clock,
         )
         self._channel: Channel | None = None
-        #: Why the last channel ended, until that was dealt with.
+        #: Why the last channel ended, until `_recover` has handled it.
         self._lost: ChannelLost | None = None
         self._bell = Bell()
         self._stopped = False
@@ -145,7 +145,7 @@ class Publisher:
 
     @property
     def connection(self) -> Connection:
-        """The connection that publishes, for what else has to be said on one."""
+        """The connection that publishes; the relay queue has a channel on it, too."""
         return self._connection
 
     @property
@@ -177,7 +177,7 @@ class Publisher:
         self._ledger.withdraw(publication)
 
     def _enqueue(self, publication: Publication) -> None:
-        if not self._queue:  # else it has been rung, or waits for something else
+        if not self._queue:  # otherwise the publisher is awake, or waits for something else
             self._bell.ring()
         self._queue.append(publication)
 
@@ -204,7 +204,7 @@ class Publisher:
                 gevent.sleep(_FAULT_PAUSE)
 
     def _recover(self) -> None:
-        """After the loss of a channel, answer for what the broker has refused, and pause."""
+        """After the loss of a channel, answer what the broker has refused, and pause."""
         lost, self._lost = self._lost, None
         if lost is None or self._stopped:
             return
@@ -244,7 +244,7 @@ class Publisher:
         for publication in self._queue:
             publication.returned = False
         if self._queue:
-            logger.info("publishing %d messages again or at last", len(self._queue))
+            logger.info("publishing %d messages that were not confirmed or had to wait", len(self._queue))
         self._batches.begin(template)
         self._channel = channel
         self._bell.ring()
@@ -315,10 +315,10 @@ class Publisher:
                 self._bell.ring()
 
     def _forget_overdue(self) -> None:
-        """Go on over another channel where half of what may be under way was not confirmed in time.
+        """Open another channel if half of what may be under way was not confirmed in time.
 
         A queue that confirms nothing, while its leader hangs or is gone, must not keep all other users' messages
-        from being handed over. A broker that answers nobody opens no other channel either, and is given no more.
+        from being handed over. A broker that answers nothing opens no other channel, and gets no more messages.
         """
         overdue = self._unconfirmed.count_answered()
         if self._channel is not None and 2 * overdue >= self._max_unconfirmed:

@@ -1,4 +1,4 @@
-"""The connections of one process to its broker: when one has opened, those that back off try at once."""
+"""The connections of one process to its broker: when one has opened, those that pause try again at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["Connections"]
 class Connections:
     """Makes connections to one broker, and tells each of them when another one has opened.
 
-    Without that a broker that is back would have the publisher at once, which acknowledges, and the consumers only
-    when the pause of their own connection is over. The arguments are those of `Connection`.
+    Otherwise the publisher might be back and acknowledge messages while the consumers still wait for the end of
+    their own pause. The arguments are those of `Connection`.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
-"""What the broker's refusals of the publisher's channel tell: whose message it was, and how long to pause.
+"""Refusals: the broker closes the publisher's channel for a message; which one it was, and how long to pause.
 
-A refusal closes the channel, or the connection, and takes all messages under way with it. Where it names a limit
-of size, the messages over it are the culprits, and from then on such a message is refused without the broker. Else
-what was under way is suspected, and published one at a time until one is alone under way at the next refusal.
+A refusal closes the channel, or the connection, and all messages under way remain unconfirmed. Where it names a
+limit of size, the messages over it are the culprits, and from then on such a message is refused without the
+broker. Else what was under way is suspected, and published one at a time until one is alone under way at the next
+refusal.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ __all__ = ["Refusals"]
 
 #: What RabbitMQ says of a message over its limit (`rabbit_channel`, 3.8 to 4.x), with its own or a configured one.
 _TOO_LARGE = re.compile(r"message size \d+ is larger than (?:configured )?max size (\d+)")
-#: The code at the start of what is known of a connection that the broker closed.
+#: The code at the start of the reason for which the broker has closed a connection.
 _CODE = re.compile(r"(\d{3}) ")
 #: `channel.close` codes that say nothing of a message: closed by an operator; not allowed; no exchange; a fault.
 _OF_NO_MESSAGE = {320, 403, 404, 541}
@@ -25,7 +26,7 @@ _OF_NO_MESSAGE = {320, 403, 404, 541}
 _OF_A_CONNECTION = {501, 502, 503, 504, 505, 540}
 #: A connection may have been closed for another reason at that moment; a channel was not.
 _REFUSALS_OF_A_CONNECTION = 2
-#: Bounds of the pause after a refusal, in seconds; it doubles while they follow each other.
+#: Bounds of the pause after a refusal, in seconds; it doubles as long as refusals follow each other.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 #: Seconds without a refusal after which the next pause is the first again.
 _FORGET_AFTER = 30.0
@@ -50,15 +51,15 @@ class Refusals:
             raise self._too_large(body)
 
     def forget_limit(self) -> None:
-        """Another connection, perhaps to a broker that was configured anew."""
+        """Forget the limit: the next connection may be to a broker with another configuration."""
         self._limit = None
 
     def clear(self, publication: Publication) -> None:
-        """This message was taken, or answered for: it is no suspect."""
+        """Suspect this message no more: it was taken or answered."""
         self.suspects.discard(publication)
 
     def prune(self) -> None:
-        """Suspect no message that was answered meanwhile."""
+        """Suspect no message that has been answered."""
         if self.suspects:
             self.suspects = {publication for publication in self.suspects if not publication.done}
 

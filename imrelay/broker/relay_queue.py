@@ -1,4 +1,4 @@
-"""The relay queue: how a relay has a session ended whose browser has come back, on this process or another.
+"""The relay queue: a relay ends the former session of a browser that has come back, in this process or another.
 
     imrelay.relays (fanout) --> relay.<incarnation> (exclusive), one for each process
 
@@ -6,10 +6,10 @@
     end      {"user","session"}   end this session, and answer to `reply_to` when the broker has back what it had
     ended    {"session"}          there is no such session (any more)
 
-The incarnation of a process is part of the ids of its sessions, so that another one can reach it by the default
-exchange, with `mandatory`: what is returned says that the process is gone, or has lost its link; so it is asked
-again for a while. All is published over the publishing connection and received over a consuming one, each on a
-channel of its own that comes back after every loss.
+The incarnation of a process is part of the ids of its sessions, so that another process can reach it by the
+default exchange, with `mandatory`: a returned message means that the process is gone or has lost its connection;
+it is asked again for a while. All is published over the publishing connection and received over a consuming one,
+each on a channel of its own that comes back after every loss.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _LOST_PAUSE, _REFUSED_PAUSE = 0.1, 5.0
 
 
 class RelayQueue:
-    """The queue of this process, and what it says to the queues of others.
+    """The queue of this process, and its messages to the queues of others.
 
     `wait_for_connection` blocks until there is a connection to consume on; it returns None where none will come.
     `end_here(user, session, timeout)` ends a session of this process, if it is one of this user, and
@@ -75,11 +75,11 @@ class RelayQueue:
         self._publishing = publishing
         self._end_here = end_here
         self._wait_given_back = wait_given_back
-        #: While there is one.
+        #: The channel that receives, and the one that sends; None while there is none.
         self._receiver: Channel | None = None
         self._sender: Channel | None = None
         self._can_send = Event()
-        #: Who waits for the end of a session, by its id; told whether its relay has answered.
+        #: The callers that wait for the end of a session, by its id; each gets whether its relay has answered.
         self._waiting: dict[str, list[AsyncResult]] = {}
         self._reminders = Reminders(self._ask)
         self._refused = ""
@@ -92,7 +92,7 @@ class RelayQueue:
             self._greenlets.append(run_for_ever(role, name=name, pause=_REFUSED_PAUSE))
 
     def stop(self) -> None:
-        """Receive and send nothing more: who asks finds that this relay is gone. Blocks for a moment at most."""
+        """Receive and send nothing more: to others this relay is gone. Blocks for a moment at most."""
         gevent.killall(self._greenlets)
         self._reminders.stop()
 
@@ -123,7 +123,7 @@ class RelayQueue:
     def _ask(self, user: str, session: str) -> bool:
         """Ask the relay of a session to end it; block until it answers, and tell whether it has.
 
-        Returns early where it has no queue, or nothing can be sent to it or heard of it.
+        Returns early if that relay has no queue, or if nothing can be sent to it or received.
         """
         answer: AsyncResult = AsyncResult()
         self._waiting.setdefault(session, []).append(answer)
@@ -137,7 +137,7 @@ class RelayQueue:
                 del self._waiting[session]
 
     def _send(self, queue: str, kind: str, session: str, **more: str) -> bool:
-        """Say something to another relay, where that can be now; tell whether it can."""
+        """Send a message to another relay, if that is possible now; return whether it was sent."""
         sender = self._sender
         if sender is None or self._publishing.state is not ConnectionState.OPEN:
             return False
@@ -151,7 +151,7 @@ class RelayQueue:
         try:
             sender.publish_to_queue(queue, json.dumps({"session": session, **more}).encode(), properties)
         except ChannelLost as exc:
-            logger.debug("nothing could be said to %s: %s", queue, exc)
+            logger.debug("nothing could be sent to %s: %s", queue, exc)
             return False
         return True
 
@@ -168,7 +168,7 @@ class RelayQueue:
                 self._survive("the channel to other relays", self._keep_sender)
 
     def _survive(self, what: str, live: Callable[..., None], *arguments: object) -> None:
-        """Live through one channel, and pause behind its end."""
+        """Use one channel until its end, and then pause."""
         pause = _LOST_PAUSE
         try:
             live(*arguments)

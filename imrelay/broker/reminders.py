@@ -21,7 +21,7 @@ __all__ = ["Reminders"]
 _KEPT_FOR = 60.0
 #: Pause before it is asked the second time, in seconds; doubled each time, up to the longest one.
 _PAUSE, _LONGEST_PAUSE = 0.1, 5.0
-#: Relays that are asked again at the same time, and sessions of each: who resumes may name any.
+#: Relays that are asked again at the same time, and sessions of each: a browser may name any session.
 _MAX_RELAYS, _MAX_SESSIONS = 64, 10_000
 
 
@@ -74,7 +74,7 @@ class Reminders:
                 session, reminder = next(iter(sessions.items()))
                 if self._ask(reminder.user, session):
                     reminder.ended.set()
-                    pause = 0.0  # it is there: on with the next one
+                    pause = 0.0  # the relay is there: ask for the next session at once
                 elif time.monotonic() < reminder.until:
                     pause = min(max(_PAUSE, pause * 2), _LONGEST_PAUSE)
                     continue

@@ -1,4 +1,4 @@
-"""A route: what waits for one user until it is known that the user's inbox is there.
+"""A route: the messages to one user that wait until it is known that the user's inbox is there.
 
     WAITING -> ASKED -> FOUND -> over                 the inbox is made sure of, and all goes on
        ^ ^      | ^       |
@@ -48,7 +48,7 @@ class RouteState(Enum):
 
 
 class Route:
-    """Messages to one user that wait until the user's inbox was made sure of."""
+    """The messages to one user that wait until the inbox was made sure of."""
 
     __slots__ = ("alone", "asked", "failures", "in_flight", "inbox", "returned", "state", "user", "waiting")
 
@@ -58,11 +58,11 @@ class Route:
         self.state = RouteState.WAITING
         #: Messages under way to the user, of those before the route or the one that goes alone.
         self.in_flight = in_flight
-        #: What was known of the inbox before, and then what is.
+        #: What was known of the inbox before the check, and what is known after it.
         self.inbox = inbox
         #: How many messages waited when the inbox was asked for.
         self.asked = 0
-        #: What came back since.
+        #: The messages that came back since.
         self.returned: list[Publication] = []
         self.waiting: deque[Publication] = deque()
         #: The message that goes alone, which is published in spite of the route.

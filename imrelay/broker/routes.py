@@ -1,7 +1,7 @@
-"""The routes of the publisher's channel: each leads on the messages to one user, from state to state.
+"""The routes of the publisher's channel: the steps from state to state for the messages to one user.
 
-Order between one sender and one recipient is kept by this: what is to be published to a user with a route waits
-in it, and a route goes on only when the broker has answered for all that was under way to the user before.
+They keep the order between one sender and one recipient: a message to a user with a route waits in it, and a route
+takes its next step only when the broker has answered for all that was under way to the user before.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Routes:
 
     `known` holds the inboxes that are known on this channel; `ask` has one made sure of, `requeue` has messages
     published before all others, and `renew` is to open another channel. `elsewhere` is given where users without
-    an inbox may be at another kind of server, and returns what a message is tried with: one that comes back says
-    that they are not.
+    an inbox may be at another kind of server, and returns the inbox to try a message with: if that comes
+    back, the user is not there.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Routes:
         self.by_user = {}
 
     def begin(self, publication: Publication, in_flight: int) -> None:
-        """Have a message wait until its user's inbox was made sure of; so many are under way to the user."""
+        """Let a message wait until the inbox was made sure of; `in_flight` messages are under way to its user."""
         route = Route(publication.user, in_flight, self._known.find(publication.user))
         route.waiting.append(publication)
         self.by_user[publication.user] = route
@@ -113,7 +113,7 @@ class Routes:
             self._advance(route)
 
     def checked(self, route: Route, outcome: KnownInbox | BaseException | None) -> None:
-        """The inbox of a user was made sure of, or is not there, or nobody knows."""
+        """Take the outcome of a check: the inbox is there, or it is not, or the check has failed."""
         if self.by_user.get(route.user) is not route:
             return
         if isinstance(outcome, BaseException):
@@ -136,7 +136,7 @@ class Routes:
         self._advance(route)
 
     def prune(self) -> None:
-        """Keep nothing of what was answered meanwhile."""
+        """Drop the messages that have been answered."""
         for route in self.by_user.values():
             route.prune()
 

@@ -1,7 +1,7 @@
-"""The TCP or TLS connection to a broker: from the broker's name to bytes, each step with a deadline.
+"""The TCP or TLS connection to a broker: look-up of the name, TCP, TLS, each with a deadline; then bytes.
 
-Opening blocks the greenlet that does it. After that nothing here blocks: a stream says when the kernel has
-nothing to give, or no room.
+Opening blocks the greenlet that does it. After that nothing here blocks: a stream reports when the kernel has no
+bytes to read, or no room to write.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _Address = tuple[int, int, int, str, Any]
 class Addresses:
     """Finds the addresses of names; one lookup for a name at a time, however often it is asked for.
 
-    The resolver cannot be interrupted: a lookup that is late goes on, and who asks again waits for the same one.
+    The resolver cannot be interrupted: a lookup that is late goes on, and a second call waits for the same one.
     """
 
     def __init__(self) -> None:
         self._lookups: dict[tuple[str, int], gevent.Greenlet] = {}
 
     def find(self, host: str, port: int) -> list[_Address]:
-        """Return what the name stands for; block for `_NAME_TIMEOUT` at most. Raises `OSError`."""
+        """Return the addresses of a name; block for `_NAME_TIMEOUT` at most. Raises `OSError`."""
         try:
             host.encode("idna")
         except UnicodeError as exc:  # gevent's threads would print it
@@ -76,10 +76,10 @@ class Stream:
     def __init__(self, sock: Any, *, is_tls: bool, deadline: float) -> None:
         sock.settimeout(0.0)
         self._sock = sock
-        # gevent's socket adds nothing where nobody waits
+        # reads and writes do not block, so that they need not go through gevent's socket
         self._descriptor: int = sock.fileno()
         self.is_tls = is_tls
-        #: When all that has to be done before the connection is of use has to be done, by the monotonic clock.
+        #: Until when the AMQP handshake has to be done, by the monotonic clock.
         self.deadline = deadline
         #: TLS alone: whether `receive` can go on only when the kernel takes something, and `send` only when
         #: something was received (a change of keys).
@@ -108,14 +108,14 @@ class Stream:
 
     @property
     def has_decrypted(self) -> bool:
-        """Whether bytes wait in TLS, of which no watcher knows."""
+        """Whether TLS holds decrypted bytes, which no watcher reports."""
         return self.is_tls and self._sock.pending() > 0
 
     def send(self, data: bytes | memoryview) -> int:
         """Write what the kernel takes, and return how much that was.
 
-        TLS: what begins with the same bytes, and as many, has to be given again where it was not taken: some of it
-        may have left already. Raises `OSError` where the connection is lost.
+        TLS: what was not taken has to be given again, with the same bytes and at least as many: a part of it may
+        have been sent already. Raises `OSError` where the connection is lost.
         """
         try:
             if not self.is_tls:
@@ -129,7 +129,7 @@ class Stream:
             return 0
 
     def set_low_water(self, size: int) -> None:
-        """Have the kernel say nothing of what has arrived before it is so many bytes (`SO_RCVLOWAT`)."""
+        """Have the kernel report the socket as readable only from so many bytes on (`SO_RCVLOWAT`)."""
         with suppress(OSError):
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 

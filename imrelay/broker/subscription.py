@@ -1,8 +1,10 @@
-"""A subscription: what one channel brings for one consumer, from the inbox and from a live queue.
+"""A subscription: what one channel delivers to one consumer, from the inbox and from a live queue.
 
-deliveries --> mailbox        there is room, and nothing older is on its way
-           --> set aside      it is not yet clear what comes first: see `live_queue`
-           --> sent back      there is no room: see `overflow`
+What happens to a delivery:
+
+    deliveries --> mailbox        there is room, and nothing older is on its way
+               --> set aside      it is not yet clear what comes first: see `live_queue`
+               --> sent back      there is no room: see `overflow`
 """
 
 from __future__ import annotations
@@ -17,59 +19,42 @@ from pika.amqp_object import Method
 
 from imrelay.broker.acknowledgements import Acknowledgements
 from imrelay.broker.channel import Channel
+from imrelay.broker.codec import Delivery
 from imrelay.broker.consumer_state import ConsumerState
 from imrelay.broker.live_queue import LiveQueue
-from imrelay.broker.mailbox import Delivery, Mailbox
+from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.overflow import Overflow
 from imrelay.broker.overflow_watch import watch_overflow
-from imrelay.broker.topology import LIVE_TAG, Keep, Topology
+from imrelay.broker.topology import LIVE_TAG, UNORDERED_BUDGET, UNORDERED_PREFETCH, Keep, Topology
 from imrelay.errors import ChannelLost
 
 __all__ = ["Subscription"]
 
 logger = logging.getLogger(__name__)
 
-#: Longest time in which what waits in an inbox begins to come to its first consumer, in seconds; if it does not,
-#: somebody else gets it.
+#: Seconds for the first message of an inbox that has some; if none comes, another consumer is the active one.
 _BEGINNING = 0.5
-#: Seconds after a live queue is bound in which its messages are set aside, lest the inbox begins with older ones.
+#: Seconds after a live queue is bound in which its messages are set aside, in case the inbox delivers older ones.
 _SETTLING = 0.1
-#: Messages under way to a socket from an inbox that may be a quorum queue: as many for every socket of every
-#: relay, whatever its settings. One that asked for fewer than the one before it would get the oldest of what that
-#: one has left, and leave them behind the others.
-_FEW = 16
-#: Room for each of those, in bytes: a browser's message at the default `max_message_size`, and what goes into it.
-_ROOM = 65_536 + 1_024
 #: `channel.close` code of AMQP 0-9-1.
 _INTERNAL_ERROR = 541
 
-#: Looked up at each delivery: a name of this module is found faster than one of the class.
+#: Used for each delivery: a global name is looked up faster than an attribute of the enum.
 _BINDING, _PROMOTED = ConsumerState.BINDING, ConsumerState.PROMOTED
 _STANDING_BY, _PROMOTING = ConsumerState.STANDING_BY, ConsumerState.PROMOTING
 _ACTIVE, _OVERFLOWING = ConsumerState.ACTIVE, ConsumerState.OVERFLOWING
 
 
 class Subscription:
-    """The deliveries of one channel to one mailbox. `on_fault` is called when the change to the inbox has failed.
+    """The deliveries of one channel to one mailbox. `on_fault` is called when the subscription cannot go on.
 
     The owner opens the channel with `on_delivery`, calls `begin`, and closes both.
     """
 
     __slots__ = (
-        "_channel",
-        "_first",
-        "_is_smooth",
-        "_live",
-        "_mailbox",
-        "_newest",
-        "_on_fault",
-        "_overflow",
-        "_sends_back",
-        "_user",
-        "acks",
-        "has_stood_by",
-        "state",
-    )
+        "_channel", "_first", "_is_smooth", "_live", "_mailbox", "_newest", "_on_fault", "_overflow",
+        "_sends_back", "_user", "acks", "has_stood_by", "state"
+    )  # fmt: skip
 
     def __init__(
         self, user: str, mailbox: Mailbox, *, has_stood_by: bool, on_fault: Callable[[ChannelLost], None]
@@ -111,16 +96,15 @@ class Subscription:
     def begin(self, channel: Channel, topology: Topology, prefetch: int, keep: Keep, *, is_again: bool) -> None:
         """Consume from the inbox, and from a live queue unless this is known to be the active consumer.
 
-        Blocks for one round trip, or two. An inbox in which what is sent back may lose its place is asked for few
-        messages, and there is room for them unless they are unusually large. `is_again`: this socket has lost
-        another channel, whose consumer a quorum queue may still count. Raises `ChannelLost`.
+        Blocks for one round trip, or two. `is_again`: this socket has lost another channel, whose consumer a
+        quorum queue may still count. Raises `ChannelLost`.
         """
         self._channel = channel
         self._enter(ConsumerState.ATTACHING)
         self._sends_back = topology.takes_back(keep)
         if not topology.takes_back_in_order(keep):
-            prefetch = _FEW
-            self._mailbox.budget = max(self._mailbox.budget, _FEW * _ROOM)
+            prefetch = UNORDERED_PREFETCH
+            self._mailbox.budget = max(self._mailbox.budget, UNORDERED_BUDGET)
         self.acks.start(channel, prefetch)
         is_counted = topology.counts_who_stands_by(keep)
         self._first = None if is_counted else Event()
@@ -136,7 +120,7 @@ class Subscription:
                 self._first.wait(_BEGINNING)
                 self._check(channel)
             self._first = None
-        # An inbox delivers to one consumer until that leaves: who has got anything is the active one.
+        # An inbox delivers to one consumer until that leaves: if anything has come, this is the active one.
         if not self._newest and not (is_counted and after.consumer_count <= 1):
             self._stand_by(channel, topology, is_alone)
             if is_alone and self.state is _STANDING_BY and self._live is not None:
@@ -167,15 +151,15 @@ class Subscription:
             self._restore_order()
 
     def _check(self, channel: Channel) -> None:
-        """Raise `ChannelLost` if this has ended, with the last answer or while it was awaited."""
+        """Raise `ChannelLost` if the channel has ended, with its last answer or while that was awaited."""
         if self._channel is not channel or channel.lost is not None:
             raise channel.lost or ChannelLost("the channel is being closed")
 
     def close(self, *, for_good: bool) -> None:
-        """Take nothing any more; the owner closes the channel. Idempotent.
+        """Take no more deliveries; the owner closes the channel. Idempotent.
 
-        What the browser has taken from the live queue does not go back to the inbox. `for_good`: its consumer is
-        not attached again.
+        What the browser has taken from the live queue is acknowledged to the inbox too. `for_good`: the consumer
+        is not attached again.
         """
         self._ack_copies()
         self.acks.stop()
@@ -198,7 +182,7 @@ class Subscription:
                 self._ack_copies()
 
     def _ack_copies(self) -> None:
-        """Acknowledge to the inbox what the browser has taken from the live queue; it gives what follows."""
+        """Acknowledge to the inbox what the browser has taken from the live queue, so that it goes on."""
         if self._live is not None and self._channel is not None:
             self.acks.ack_copies(self._live.pop_taken(self._overflow))
 
@@ -239,7 +223,7 @@ class Subscription:
             else:
                 self._mailbox.deliver(delivery)
                 self._end_overflow()
-            if live is not None and self.state in (_STANDING_BY, _BINDING):  # be there room for it or not
+            if live is not None and self.state in (_STANDING_BY, _BINDING):  # whether there was room or not
                 self._promote(channel, live)
 
     def _has_place(self, overflow: Overflow, delivery: Delivery) -> bool:
@@ -271,7 +255,7 @@ class Subscription:
             channel.send_back(overflow.send_back(self._mailbox.budget))
 
     def _end_overflow(self) -> None:
-        """Go back to the plain way if all that was refused has come again."""
+        """Return to the normal state if all that was refused has come again."""
         if self.state is _OVERFLOWING and not self._overflow:
             self._enter(_ACTIVE)
         elif self.state is not _STANDING_BY or self._live is None or self._live.overflow:
@@ -284,7 +268,7 @@ class Subscription:
             self.acks.restore_order(self._newest)
 
     def _run_watch(self, channel: Channel, overflow: Overflow) -> None:
-        """Await no more what does not come back: it has expired or was thrown away meanwhile."""
+        """Stop waiting for what does not come back: it has expired or was purged meanwhile."""
         is_of_inbox = overflow is self._overflow
         try:
             watch_overflow(
@@ -305,7 +289,7 @@ class Subscription:
         self._end_overflow()
 
     def _run_settling(self, channel: Channel, live: LiveQueue, leaderless: Method | None) -> None:
-        """Settle in a moment; `leaderless`: how to ask an inbox that did not count its consumer."""
+        """Settle after `_SETTLING`; `leaderless`: how to ask an inbox that did not count its consumer."""
         try:
             if leaderless is not None:
                 live.wait_for_leader(channel, leaderless)
@@ -351,9 +335,8 @@ class Subscription:
     def _change_over(self, channel: Channel, live: LiveQueue) -> None:
         """Change over from the live queue to the inbox, without a gap and without a message out of order.
 
-        But what waited in the inbox from before this socket came, and nobody took, it gets after newer messages.
-        The inbox begins with what the former active consumer had not taken, which may be later than what the
-        live queue still holds: so that is emptied first, and the inbox's deliveries are held meanwhile.
+        The inbox begins with what the former active consumer had not taken, which may be newer than what the live
+        queue still holds: so that is emptied first. What waited since before this socket came follows newer ones.
         """
         live.drain(channel, self._deliver)
         if self._channel is not channel:

@@ -1,4 +1,4 @@
-"""What stands on the broker, by which name, and the AMQP methods that put it there.
+"""The exchanges and queues on the broker: their names, and the AMQP methods that declare them.
 
     direct_message (direct) --id--> user.<id> (topic, auto-delete) --#--> inbox.<id>
                                                                    --#--> live queues of further sockets
@@ -17,7 +17,15 @@ from pika.amqp_object import Method
 
 from imrelay.settings.values import InboxConfig
 
-__all__ = ["AS_IT_STANDS", "INBOX_TAG", "LIVE_TAG", "Keep", "Topology"]
+__all__ = [
+    "AS_IT_STANDS",
+    "INBOX_TAG",
+    "LIVE_TAG",
+    "UNORDERED_BUDGET",
+    "UNORDERED_PREFETCH",
+    "Keep",
+    "Topology",
+]
 
 #: Consumer tags, one of each on a channel.
 INBOX_TAG = "inbox"
@@ -25,24 +33,31 @@ LIVE_TAG = "live"
 #: The key that binds a user's queues to the user's exchange: every message. That exchange is no fanout because
 #: RabbitMQ 3.13 to 4.1 with Khepri walks its whole routing table for each message that passes a fanout.
 _EVERY_MESSAGE = "#"
-#: Where the broker publishes what leaves an inbox untaken; it drops it while there is no such exchange.
+#: The dead-letter exchange: for what leaves an inbox without being taken. It is dropped while there is none.
 _DEAD_LETTERS = "imrelay.dead"
 
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """What of a user's declarations is taken as it stands, with whatever arguments (a `passive` declare)."""
+    """Which of a user's objects are accepted with whatever arguments they have (a `passive` declare)."""
 
     inbox: bool = False
     exchange: bool = False
 
 
-#: How often a message may come back to a quorum queue: as good as without end. Some limit has to be given. Without
+#: How often a message may come back to a quorum queue: practically always. Some limit has to be given: without
 #: the argument RabbitMQ 4 drops a message that came back 20 times; and where there is no limit (-1 on RabbitMQ 4,
 #: nothing before), what a consumer sends back goes behind all others instead of keeping its place (3.10.8, 4.0.5).
 _RETURNS = 1_000_000_000
+#: Messages under way to a socket from an inbox that does not take back in order (see `takes_back_in_order`): the
+#: same for every socket of every relay, whatever its settings. One that asked for fewer than the one before it
+#: would get the oldest of what that one has left, and leave them behind the others.
+UNORDERED_PREFETCH = 16
+#: Room for those in bytes, each a browser's message at the default `max_message_size` with what is added to it:
+#: nothing has to be sent back for lack of room, unless messages are unusually large.
+UNORDERED_BUDGET = UNORDERED_PREFETCH * (65_536 + 1_024)
 
-#: What is tried in turn: after settings were changed, the broker refuses declarations of before with 406.
+#: What is tried in turn: the broker refuses a declaration with 406 if settings have changed since the first one.
 AS_IT_STANDS = (Keep(), Keep(inbox=True), Keep(exchange=True), Keep(inbox=True, exchange=True))
 
 
@@ -88,7 +103,7 @@ class Topology:
     def counts_who_stands_by(self, keep: Keep) -> bool:
         """Whether a declare of the inbox counts all its consumers: at a classic queue, but not at a quorum queue.
 
-        Of what kind an inbox is that is taken as it stands, nobody says.
+        The kind of an inbox that is accepted as it stands is not known.
         """
         return not (self.is_replicated or keep.inbox)
 
@@ -106,9 +121,9 @@ class Topology:
         return self.takes_back(keep) and not self.is_replicated
 
     def declare_user(self, user: str, keep: Keep) -> list[Method]:
-        """The methods that open a user's inbox, or find it open; none of them is answered.
+        """The methods that declare and bind a user's inbox; none of them is answered.
 
-        The inbox is bound before its exchange is: a message that finds no queue at the end of the way is returned.
+        The inbox is bound before its exchange is: otherwise a message in between would be returned.
         """
         exchange, inbox = self.user_exchange(user), self.inbox(user)
         return [

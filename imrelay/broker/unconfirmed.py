@@ -8,7 +8,7 @@ __all__ = ["Unconfirmed"]
 
 
 class Unconfirmed:
-    """The unconfirmed messages of one channel, in the order of their tags; also what was answered meanwhile."""
+    """The unconfirmed messages of one channel, in the order of their tags, including those answered meanwhile."""
 
     __slots__ = ("_last_tag", "by_tag")
 
@@ -20,7 +20,7 @@ class Unconfirmed:
         return len(self.by_tag)
 
     def clear(self) -> list[Publication]:
-        """Begin with another channel; return what the last one ends without an answer for."""
+        """Begin with another channel; return the messages that the last one has left without an answer."""
         left = list(self.by_tag.values())
         for publication in left:
             publication.is_doubtful = publication.is_doubtful or not publication.returned
@@ -36,7 +36,7 @@ class Unconfirmed:
         return tag
 
     def take(self, tag: int, multiple: bool) -> list[Publication]:
-        """Return what one confirm is for, which is no longer here; costs as much as that."""
+        """Remove and return the messages of one confirm; takes time in proportion to their number."""
         by_tag = self.by_tag
         if not multiple:
             publication = by_tag.pop(tag, None)

@@ -14,8 +14,8 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
+from imrelay.broker.codec import Delivery
 from imrelay.broker.consumer import Consumer
-from imrelay.broker.mailbox import Delivery
 from imrelay.sessions.intake import Intake, SessionState
 from imrelay.sessions.services import Services
 from imrelay.sessions.subprotocols import V1, Frame, Plain, choose

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from imrelay import __version__
+from imrelay.broker.codec import Delivery
 from imrelay.broker.consumer import Consumer
-from imrelay.broker.mailbox import Delivery
 from imrelay.errors import BadMessage
 from imrelay.messages.message_ids import mid_time_ms
 from imrelay.messages.outgoing import from_node, is_json, pong_frame, v1_frame

@@ -11,10 +11,11 @@ import pika
 import pytest
 
 from imrelay.broker import channel as channel_module
+from imrelay.broker.codec import Delivery
 from imrelay.broker.connection import Connection
 from imrelay.broker.consumer import Consumer
 from imrelay.broker.consumer_state import ConsumerState
-from imrelay.broker.mailbox import Delivery, Mailbox
+from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.settings.values import InboxConfig
