@@ -42,9 +42,9 @@ __all__ = ["AdmittedSocket", "UpgradeResponse", "create_app", "page_policy"]
 
 logger = logging.getLogger(__name__)
 
-#: Seconds that a handshake waits for the broker while no consumer of this process gets attached.
+#: Seconds for which a handshake waits for the broker while no consumer of this process is being attached.
 _STALLED_TIMEOUT = 5.0
-#: Seconds that it waits at most. Firefox gives up after 20, and would come back to wait behind all others.
+#: Seconds for which it waits at most. Firefox gives up after 20, and would have to wait again after all others.
 _ATTACH_TIMEOUT = 15.0
 
 _CANNOT_UPGRADE = "this server cannot upgrade to WebSocket; see Hosting in imrelay's README for one that can"
@@ -75,7 +75,7 @@ class AdmittedSocket:
         return self._session.user
 
     def attach(self) -> None:
-        """Consume, so that what is sent to the user once the browser sees its socket open reaches it.
+        """Begin to consume, so that messages sent to the user after the browser's `onopen` reach it.
 
         Blocks while consumers are being attached, for `_ATTACH_TIMEOUT` seconds at most. Where the broker is away,
         or attaches nobody for `_STALLED_TIMEOUT`, the socket opens without, and gets its messages later.
@@ -94,9 +94,9 @@ class AdmittedSocket:
                 return
 
     def _end_predecessor(self, resumed: str) -> None:
-        """End the session that a browser resumes, lest newer messages reach it before what that one has not taken.
+        """End the session that a browser resumes, so that what that one has not taken comes before newer messages.
 
-        Blocks for two seconds at most. Whatever is in the way, the handshake goes on.
+        Blocks for two seconds at most. The handshake goes on in any case.
         """
         try:
             self._services.relays.end_session(self.user, resumed)
@@ -115,7 +115,7 @@ class AdmittedSocket:
 class UpgradeResponse(Response):
     """The answer to a handshake that was accepted: 101 without a body, and the admission as `socket`.
 
-    Whatever becomes of this object, the handler that made `upgrade` closes `socket`.
+    The handler that made `upgrade` closes `socket`, even if this object is lost.
     """
 
     default_status = 101
@@ -128,7 +128,7 @@ class UpgradeResponse(Response):
 
 
 class _AnyPath(BaseConverter):
-    """All of a path: of a handshake it is the id of a user, or nobody's, but never a page that is not there."""
+    """Matches any path: that of a handshake is an id, valid or not, and never a page that is not found."""
 
     regex = "(?s:.*)"
     part_isolating = False
@@ -136,7 +136,7 @@ class _AnyPath(BaseConverter):
 
 class _App(Flask):
     def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
-        """Have the WebSocket layer say what a handshake is, for requests that are to be routed."""
+        """Let the WebSocket layer decide what a handshake is when a request is routed."""
         adapter = super().create_url_adapter(request)
         if adapter is not None and request is not None:
             adapter.websocket = is_upgrade(request.environ)
@@ -202,7 +202,7 @@ def _add_chat(app: Flask, admissions: _Admissions) -> None:
     @app.get("/")
     @app.get("/<user>")
     def chat(user: str = "") -> Response:
-        """The chat page, which reads from its own address which user it is; or that user's WebSocket."""
+        """The chat page, which reads the user's id from its address; or that user's WebSocket."""
         upgrade: Upgrade | None = request.environ.get(UPGRADE)
         if upgrade is not None:
             return admissions.admit(upgrade)
@@ -216,7 +216,7 @@ def _add_chat(app: Flask, admissions: _Admissions) -> None:
 def _add_health(app: Flask, services: Services) -> None:
     @app.get("/healthz")
     def healthz() -> Response:
-        """200 while the process turns."""
+        """200 while the process runs."""
         return _json(200, {"status": "ok"})
 
     @app.get("/readyz")

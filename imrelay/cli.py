@@ -37,7 +37,7 @@ logger = logging.getLogger("imrelay")
 #: Exit statuses: a wrong setting or option; something of this machine is missing or taken.
 _EXIT_USAGE, _EXIT_FAILED = 2, 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-#: Seconds for what the log has to write, where the process is ended at once.
+#: Seconds for the log to be written when the process is ended at once.
 _LOG_TIMEOUT = 0.5
 #: What `imrelay check-config --help` says about its table.
 _NAMES = (
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _inbox(config, options)
         service = Server(config) if options.command == "serve" else _BrokerService(config)
         return _run(service, log.configure(config.log))
-    except BrokenPipeError:  # who read our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_FAILED
     except ImrelayError as exc:
@@ -224,7 +224,7 @@ def _run(service: _Service, stream: LogStream) -> int:
         stopping.set()
 
     for number in _SIGNALS:
-        # Who starts us may have us ignore some: `nohup` SIGHUP, a shell that puts us into the background SIGINT.
+        # The parent may have us ignore some: `nohup` SIGHUP, a shell that starts us in the background SIGINT.
         if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
             gevent.signal_handler(number, on_signal, number)
     starting = gevent.spawn(_attempt, service.start)

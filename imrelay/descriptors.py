@@ -14,12 +14,12 @@ __all__ = ["Capacity", "allot"]
 
 logger = logging.getLogger(__name__)
 
-#: The soft limit that is asked for where the settings need less. Not simply the hard one, which may be a thousand
-#: million: the private node's processes inherit it, and Erlang sizes a table by it.
+#: The soft limit that is requested where the settings need less. Not the hard one, which may be a thousand
+#: million: the private node's processes inherit it, and Erlang allocates a table of that size.
 _USUAL = 65_536
-#: Descriptors for what else comes and goes: files that are read, names that are resolved, processes begun.
+#: Descriptors for other uses: files that are read, names that are resolved, processes that are started.
 _SUNDRY = 16
-#: AMQP connections beside those that consumers share: to publish, and one that takes the place of another.
+#: AMQP connections beside those that consumers share: the publisher's, and those that replace lost ones.
 _PUBLISHING = 3
 
 

@@ -1,4 +1,4 @@
-"""Every error that imrelay raises on purpose.
+"""The errors that imrelay raises on purpose; those of the WebSocket layer are in `imrelay.websocket.exceptions`.
 
 ImrelayError
 ├── ConfigError            a setting is unknown, malformed or out of range
@@ -12,7 +12,7 @@ ImrelayError
 │   ├── TooLarge           too_large
 │   └── BrokerUnavailable  broker_unavailable    (temporary; perhaps uncertain)
 ├── BadId                  a user's id is against the rules
-└── ChannelLost            an AMQP channel ended under its user
+└── ChannelLost            an AMQP channel ended while it was in use
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class ImrelayError(Exception):
-    """The base of them all; `str()` is one sentence for a person."""
+    """The base class; `str()` is one sentence for a person."""
 
 
 class ConfigError(ImrelayError):
@@ -51,7 +51,7 @@ class ConfigError(ImrelayError):
 
 
 class SetupError(ImrelayError):
-    """This machine lacks something, or somebody else has it; the sentence says what to do."""
+    """Something of this machine is missing, or in use by another program; the sentence says what to do."""
 
 
 class BadId(ImrelayError):

@@ -1,4 +1,4 @@
-"""A relay inside somebody else's WSGI server: one in each process, begun by its first request."""
+"""A relay inside another WSGI server: one in each process, started by its first request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["HostedRelay"]
 
 logger = logging.getLogger(__name__)
 
-#: How often it is looked whether the server has stopped listening, in seconds.
+#: Seconds between two checks of whether the server has stopped listening.
 _WATCH_INTERVAL = 0.25
 _GUNICORN_WORKERS = "geventwebsocket.gunicorn.workers"
 
@@ -37,7 +37,7 @@ class HostedRelay:
         return self._serving().app(environ, start_response)
 
     def take_over(self, modules: Mapping[str, ModuleType]) -> None:
-        """Have gunicorn's gevent-websocket worker use our handler, which checks handshakes and keeps limits.
+        """Have gunicorn's gevent-websocket worker use our handler, which checks handshakes and enforces limits.
 
         Does nothing where that worker has not been loaded (`modules` is `sys.modules`).
         """
@@ -52,7 +52,7 @@ class HostedRelay:
         hosted = self
 
         class HostedHandler(handler_class(self._config)):  # type: ignore[misc]
-            """Our handler; it also shows the relay which server it serves."""
+            """Our handler, which starts the relay of its process and watches the server."""
 
             def handle(self) -> None:
                 """Serve one connection."""
@@ -63,9 +63,9 @@ class HostedRelay:
         return HostedHandler
 
     def _serving(self, server: Any = None) -> Relay:
-        """Return this process's relay; a fork has that of its parent only in name, and gets its own.
+        """Return this process's relay; it is made by the first request, and again after a fork.
 
-        `server` is what it is hosted by, which may take no more than so many connections.
+        `server` is the hosting one, whose pool may bound the number of connections.
         """
         if self._relay is None or self._pid != os.getpid():
             self._pid = os.getpid()
@@ -75,7 +75,7 @@ class HostedRelay:
         return self._relay
 
     def _watch(self, server: Any) -> None:
-        """See the end of this worker coming: gunicorn tells nobody, but closes the listening socket first."""
+        """Notice the end of this worker: gunicorn gives no notice, but closes the listening socket first."""
         if getattr(server, "_imrelay_watched", False):
             return
         server._imrelay_watched = True
@@ -91,7 +91,7 @@ class HostedRelay:
 
 
 def _listener_class(base: type) -> type:
-    """Return a server class of gunicorn's as a `Listener`, which outlives a shortage of descriptors."""
+    """Return a server class of gunicorn's that is also a `Listener`, which survives a shortage of descriptors."""
 
     class HostedListener(Listener, base):  # type: ignore[misc]
         """gunicorn's server."""

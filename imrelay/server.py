@@ -1,4 +1,4 @@
-"""Builds a relay from its settings, from the bottom up, and takes it down from the top."""
+"""Builds a relay from its settings, starts it and stops it."""
 
 from __future__ import annotations
 
@@ -33,20 +33,19 @@ __all__ = ["Relay", "Server", "broker_urls", "handler_class", "inbox_inspector"]
 
 logger = logging.getLogger(__name__)
 
-#: Of the time for a graceful stop, what is kept for closing sockets and connections, in seconds; a quarter of it
-#: at most.
+#: Seconds of a graceful stop that are reserved for closing sockets and connections; a quarter of it at most.
 _CLOSING = 5.0
 
 
 class Relay:
-    """All of one process but the listening socket: connections, publisher, sessions and the WSGI application.
+    """Everything of one process but the listening socket: connections, publisher, sessions, WSGI application.
 
     `urls` is asked for the broker's URLs before each attempt to connect; `places` is how many connections the
     hosting server takes at the same time, where it has a bound.
     """
 
     def __init__(self, config: Config, urls: Callable[[], Sequence[str]], *, places: int | None = None) -> None:
-        # Each greenlet would keep, for debuggers, who spawned it and from where: 2 KiB for each of a socket's two.
+        # Each greenlet would keep, for debuggers, who spawned it and from where: 2 KiB for each socket.
         gevent.config.track_greenlet_tree = False
         broker = config.broker
         connections = Connections(urls, heartbeat=broker.heartbeat, tls=make_tls(config))
@@ -79,7 +78,7 @@ class Relay:
             end_here=self._registry.end,
             wait_given_back=self._consumers.wait_given_back,
         )
-        #: Bounds the connections that are no browser sockets; for the WebSocket handler.
+        #: The bound on connections that are no browser sockets; for the WebSocket handler.
         self.http_connections = HttpConnections(capacity.http)
         services = Services(
             self._registry,
@@ -108,9 +107,9 @@ class Relay:
         lost = self._publisher.flush(until - time.monotonic())
         if lost:
             logger.error("%d messages were not confirmed by the broker; their senders are told", lost)
-        self._relays.stop()  # who comes back elsewhere is not to wait for what is about to end
+        self._relays.stop()  # a browser that resumes elsewhere does not wait for sessions that end now anyway
         publisher = gevent.spawn(self._publisher.stop)
-        gevent.sleep(0)  # it answers those senders at once, while they can be told
+        gevent.sleep(0)  # it answers those senders at once, while their sockets are open
         late = self._registry.drain(
             1012, "the relay is stopping", max(min(1.0, timeout / 8), until - time.monotonic())
         )
@@ -146,7 +145,7 @@ def handler_class(config: Config) -> type[WebSocketHandler]:
 
 
 def make_tls(config: Config) -> ssl.SSLContext:
-    """Make what `amqps` URLs are opened with; raises `ConfigError` for files that cannot be used."""
+    """Make the TLS context for `amqps` URLs; raises `ConfigError` for files that cannot be used."""
     broker = config.broker
     context = ssl.create_default_context()
     try:
@@ -165,7 +164,7 @@ def make_tls(config: Config) -> ssl.SSLContext:
 
 
 def broker_urls(config: Config) -> Callable[[], Sequence[str]]:
-    """Return what finds the broker: the configured URLs, or those of a private node that somebody else runs."""
+    """Return a function that finds the broker's URLs: those of the settings, or that of a private node."""
     if not config.is_private:
         return lambda: config.broker.url
 
@@ -181,7 +180,7 @@ def broker_urls(config: Config) -> Callable[[], Sequence[str]]:
 
 
 def inbox_inspector(config: Config) -> InboxInspector:
-    """Make what looks into inboxes on the configured broker."""
+    """Make the inspector of inboxes on the configured broker."""
     connection = Connection(
         broker_urls(config), name="inbox", heartbeat=config.broker.heartbeat, tls=make_tls(config)
     )
@@ -207,7 +206,7 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def start(self) -> None:
-        """Listen, then start what is below; raises `SetupError` and leaves nothing behind when that cannot be."""
+        """Listen, then start RabbitMQ and the relay; raises `SetupError`, and leaves nothing behind then."""
         broker = self._broker
         listener = _listen(self._config.server.host, self._config.server.port)
         try:
@@ -256,6 +255,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as exc:  # the latter for what is no host name
         raise SetupError(
             f"cannot listen on {host} port {port}: {getattr(exc, 'strerror', None) or exc}; choose another with "
-            "[server] host and port, or end who has it"
+            "[server] host and port, or end the program that has it"
         ) from exc
     return listener  # type: ignore[no-any-return]

@@ -244,7 +244,7 @@ class Publisher:
         for publication in self._queue:
             publication.returned = False
         if self._queue:
-            logger.info("publishing %d messages that were not confirmed or had to wait", len(self._queue))
+            logger.info("publishing %d messages again or for the first time", len(self._queue))
         self._batches.begin(template)
         self._channel = channel
         self._bell.ring()

@@ -1,1 +1,1 @@
-"""What browsers and programs say to each other, as text: no socket, no greenlet, no clock."""
+"""Messages, answers and AMQP bodies as text: no socket, no greenlet, no clock."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 __all__ = ["MessageIds", "mid_time_ms"]
 
 _BASE32 = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-#: How many ids there are before the count of 30 bits begins anew.
+#: The number after the last one of the counter, which has 30 bits.
 _COUNT_END = 1 << 30
 _PAIRS = [high + low for high in _BASE32 for low in _BASE32]
 
@@ -32,8 +32,8 @@ def mid_time_ms(mid: str | None) -> int | None:
 class MessageIds:
     """Makes the relay's own ids of messages: ULIDs, which are unique, and in order within this process.
 
-    26 characters of Crockford's base 32: 48 bits of milliseconds since 1970, 50 that this process has drawn at its
-    start, and 30 that begin at random and count up. `clock` returns seconds since 1970.
+    26 characters of Crockford's base 32: 48 bits of milliseconds since 1970, 50 random bits that this process has
+    drawn at its start, and a counter of 30 bits that begins at random. `clock` returns seconds since 1970.
     """
 
     __slots__ = ("_clock", "_count", "_epoch", "_epoch_digits", "_head", "_own", "_time_ms")
@@ -50,7 +50,7 @@ class MessageIds:
 
     @property
     def incarnation(self) -> str:
-        """What this process has drawn: the ten characters behind the time in each of its ids."""
+        """The random part of this process: the ten characters after the time in each of its ids."""
         return self._own
 
     def next(self) -> tuple[str, int]:

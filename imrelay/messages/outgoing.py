@@ -1,6 +1,6 @@
 """What a relay writes: frames for a browser, and bodies for the broker (PROTOCOL sections 3 to 6).
 
-Pure functions; how the other way is read stands in `submission`, but for the envelope of the article.
+Pure functions. `submission` reads what browsers send; the article's envelope is written and read here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def error_frame(error: AnswerableError) -> bytes:
 
 
 def pong_frame(ping: ClientPing) -> bytes:
-    """Write the answer to a ping, as ASCII: what it holds may be half of a surrogate pair.
+    """Write the answer to a ping, as ASCII: its value may have half of a surrogate pair.
 
     Raises `BadMessage` for a number that was too large to be read, which JSON cannot write.
     """

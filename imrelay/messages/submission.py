@@ -1,8 +1,8 @@
 """What a browser sends, read: a message for somebody, or a frame of `imrelay.v1` (PROTOCOL sections 1, 3 and 5).
 
-Pure functions on bytes. A message passes as the bytes that it came in; what the relay needs to know of it is read
-by msgspec, which checks the rest without making anything of it. Whatever is unusual or wrong is read by Python's
-own json, which is slower and can say what it is.
+Pure functions on bytes. A message is passed on as the bytes in which it came; what the relay needs of it is read
+by msgspec, which checks the rest without making objects of it. Whatever is unusual or wrong is read by Python's
+own json, which is slower and reports what is wrong.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_ID_BYTES = 128
 MAX_MESSAGE_ID_BYTES = 64
 #: Deepest nesting of a message; the message itself is level 1.
 MAX_LEVELS = 32
-#: Bytes from which on a message is long: then it is quicker to look for a bracket than to count all.
+#: Bytes of a long message: in one of that size it is quicker to search for brackets than to count all.
 _LONG = 1024
 #: Ids that are remembered as valid.
 _KNOWN_IDS = 4096
@@ -162,15 +162,15 @@ _noted: dict[type, str | int] = {}
 
 
 def _note(place: type, value: Any) -> Any:
-    """Take an id where the decoder meets it: so one that stands twice is seen."""
+    """Note an id where the decoder meets it, so that one that is given twice is noticed."""
     if place in _noted or not (type(value) is str or type(value) is int):
-        raise ValueError("nothing for the quick way")
+        raise ValueError("read it with json")
     _noted[place] = value
     return place()
 
 
 _read = msgspec.json.Decoder(_Read, dec_hook=_note).decode
-#: As a named tuple makes itself, without the call in between.
+#: Makes a named tuple without the call of its `__new__`, which is slower.
 _new: Callable[..., Submission] = tuple.__new__
 
 
@@ -201,7 +201,7 @@ def parse(payload: bytes, binary: bool, user: str) -> Submission | ClientAck | C
     return _parse_carefully(payload, binary, user)
 
 
-#: What opens and closes is all one to the depth; between those and quotes nothing counts.
+#: For the depth all brackets are alike, and nothing counts but brackets and quotes.
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b'"[]{}'))
 _BETWEEN_QUOTES = re.compile(rb'"[^"]*"')
@@ -221,7 +221,7 @@ def _has_many_brackets(text: bytes) -> bool:
 
 
 def _is_deep(text: bytes) -> bool:
-    """Tell whether a JSON text is nested deeper than `MAX_LEVELS`: peel off one level after the other."""
+    """Tell whether a JSON text is nested deeper than `MAX_LEVELS`: remove one level after the other."""
     if not _has_many_brackets(text):
         return False
     bare = text.replace(rb"\\", b"").replace(rb"\"", b"").translate(_BRACKETS, _NO_BRACKETS)
@@ -237,7 +237,7 @@ def _add_sender(payload: bytes, user: str) -> bytes:
 
 
 def _parse_carefully(payload: bytes, binary: bool, user: str) -> Submission | ClientAck | ClientPing:
-    """Read whatever it is, and say what is wrong with it."""
+    """Read a message with json; raise what is wrong with it."""
     try:
         text = payload.decode()
     except UnicodeDecodeError as exc:

@@ -1,1 +1,1 @@
-"""The private RabbitMQ: what is installed, its data folder, its process, its supervision."""
+"""The private RabbitMQ: its installation, data folder, process and supervision."""

@@ -1,4 +1,4 @@
-"""The private node's folder: whose it is, what its node is called and listens on, and the files it reads.
+"""The private node's folder: its lock, the node's name and ports, and the configuration files.
 
 Everything of the node is in this one folder, the data directory (mode 0700):
 
@@ -10,8 +10,8 @@ Everything of the node is in this one folder, the data directory (mode 0700):
     rabbitmq.conf …   written anew at each start
     home/ mnesia/ log/
 
-A lock goes with the last process that holds its descriptor, so a pid file that is locked names a process that
-is certainly ours, whatever happened to the relay that started it: no pid is trusted for its number alone.
+A lock ends with the last process that holds its descriptor. So a locked pid file names a process of ours, whatever
+happened to the relay that started it; the pid in an unlocked one may be that of any other process.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _MOST_SCHEDULERS = 4
 
 @dataclass(frozen=True, slots=True)
 class NodeIdentity:
-    """What a node keeps over its restarts."""
+    """The properties of a node that survive its restarts."""
 
     name: str
     password: str
@@ -58,7 +58,7 @@ class NodeIdentity:
 
 
 class NodeFolder:
-    """One node's data directory; between `acquire` and `release` it is this process's alone."""
+    """One node's data directory; between `acquire` and `release` no other process uses it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
@@ -79,7 +79,7 @@ class NodeFolder:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the node, where `rabbitmqctl` finds it too; next to nothing is inherited."""
+        """The environment variables of the node and of its `rabbitmqctl`; few are inherited."""
         chosen, here = self.identity, self.path
         schedulers = max(1, min(os.cpu_count() or 1, _MOST_SCHEDULERS))
         loopback = "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false"
@@ -110,7 +110,7 @@ class NodeFolder:
         }
 
     def acquire(self) -> None:
-        """Make the folder ours: create or check it, close it to others, take its lock. Raises `SetupError`."""
+        """Create or check the folder, set mode 0700 and take its lock. Raises `SetupError`."""
         here = self.path
         try:
             here.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -150,7 +150,7 @@ class NodeFolder:
             (self.path / name).mkdir(mode=0o700, exist_ok=True)
 
     def release(self) -> None:
-        """Give the folder free. Idempotent."""
+        """Release the lock of the folder. Idempotent."""
         lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
@@ -222,11 +222,11 @@ class NodeFolder:
         )
 
     def announce(self) -> None:
-        """Tell other processes of this user the node's URL: see `running_url`."""
+        """Write the node's URL for other processes of this user: see `running_url`."""
         _write_private(self.path / "url", self.identity.url + "\n")
 
     def withdraw(self) -> None:
-        """Take back what `announce` told. Idempotent."""
+        """Remove the URL that `announce` wrote. Idempotent."""
         with contextlib.suppress(OSError):
             (self.path / "url").unlink()
 
@@ -242,7 +242,7 @@ def running_url(data_dir: Path) -> str | None:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Write a file of mode 0600 so that it is there whole or not at all."""
+    """Write a file of mode 0600 atomically."""
     partial = path.with_name(path.name + ".new")
     partial.unlink(missing_ok=True)
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

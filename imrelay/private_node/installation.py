@@ -1,4 +1,4 @@
-"""What this machine has for a private node: RabbitMQ's scripts, Erlang's port mapper, free ports."""
+"""Finds what a private node needs on this machine: RabbitMQ's scripts, Erlang's port mapper, free ports."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from imrelay.errors import SetupError
 
 __all__ = ["HOST", "PORTS", "accepts", "find_epmd", "find_scripts", "find_version", "free_ports", "is_free_port"]
 
-#: Where a private node listens, and nowhere else.
+#: The only address on which a private node listens.
 HOST = "127.0.0.1"
-#: Below the range that systems give to outgoing connections, clear of the ports RabbitMQ has by default.
+#: Below the range of ports for outgoing connections, and apart from RabbitMQ's default ports.
 PORTS = range(21_000, 25_000)
 
 #: Where RabbitMQ's own scripts lie. Debian's /usr/sbin/rabbitmq-server is none of them: it changes the user.
@@ -80,7 +80,7 @@ def free_ports() -> Iterator[int]:
 
 
 def is_free_port(port: int) -> bool:
-    """Whether nobody listens there, on loopback or on every address, by IPv4 or IPv6 (epmd takes both)."""
+    """Whether no program listens on the port, on loopback or every address, by IPv4 or IPv6 (epmd uses both)."""
     for family, host in ((socket.AF_INET, HOST), (socket.AF_INET6, "::1")):
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:

@@ -1,9 +1,9 @@
-"""The private node: a RabbitMQ of imrelay's own, on loopback alone, that lives and ends with the relay.
+"""The private node: a RabbitMQ of imrelay's own, on loopback alone, that runs as long as the relay.
 
     STOPPED ─start─> STARTING ─ready─> RUNNING ─died─> WAITING ─back-off over─> STARTING
     any ─stop─> STOPPING ─> STOPPED
 
-What it keeps on the disk, and how it is found there, is told in `imrelay.private_node.data_folder`.
+`imrelay.private_node.data_folder` describes its files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BACKOFF_FORGET = 60.0
 
 
 class NodeState(enum.Enum):
-    """Where the private node is in its life; `PrivateBroker.state` is set in one place, which logs."""
+    """The state of the private node; `PrivateBroker.state` is set in one place, which logs."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -70,7 +70,7 @@ class PrivateBroker:
 
     @property
     def state(self) -> NodeState:
-        """Where the node is in its life."""
+        """The state of the node."""
         return self._state
 
     @property
@@ -95,9 +95,9 @@ class PrivateBroker:
         return self._folder.environment
 
     def start(self) -> None:
-        """Start the node and return when it takes AMQP logins; `SetupError` says what is missing or taken.
+        """Start the node and return when it accepts AMQP logins; `SetupError` says what is missing or taken.
 
-        A node that an earlier relay left behind on the same folder is stopped first.
+        A node that an earlier relay has left running on the same folder is stopped first.
         """
         if self._folder.is_ours:
             raise RuntimeError("the private RabbitMQ is started already")
@@ -125,7 +125,7 @@ class PrivateBroker:
         self._watch("epmd", lambda: self._epmd, lambda: self._boot_epmd(epmd))
 
     def stop(self) -> None:
-        """Stop the node cleanly, then its epmd, and give the folder free; may be called at any time, and twice."""
+        """Stop the node cleanly, then its epmd, and release the folder; may be called at any time, and twice."""
         if not self._folder.is_ours:
             return
         self._halt.set()
@@ -229,7 +229,7 @@ class PrivateBroker:
                 self._halt.wait(delay)
                 delay = min(delay * 2, _BACKOFF_MOST)
                 problem = self._boot_again(current, boot)
-        self._end(current())  # `stop` may have looked before this child was there
+        self._end(current())  # `stop` may have run before this child was started
 
     def _boot_again(self, current: Callable[[], Child | None], boot: Callable[[], None]) -> str:
         """Boot a child; say what prevented it, as the rest of a sentence, or nothing. Raises no `Exception`."""

@@ -1,4 +1,4 @@
-"""A program that lives and ends with the relay, and the lock that says whose it is."""
+"""A child process that ends with the relay, and the lock on its pid file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ __all__ = ["Child", "end_holder", "is_free_lock", "lock_file", "read_pid", "unti
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks at something that gives no event (a port, a lock).
+#: Seconds between two checks of something that gives no event (a port, a lock).
 _TICK = 0.05
-#: Open files that a program asks for, if it may: each connection and each busy queue takes some.
+#: The limit of open files for a child, as far as the hard limit allows: each connection and each busy queue needs
+#: some.
 _NODE_FILES = 65_536
 
 #: Run in a fresh interpreter between the relay and the program: write the pid into the locked file, ask Linux
@@ -49,7 +50,7 @@ os.execv(command[0], command)
 
 
 class Child:
-    """A program that holds the lock of `<name>.pid` for its life and gets SIGTERM when the relay dies.
+    """A child process that holds the lock of `<name>.pid` while it runs and gets SIGTERM when the relay dies.
 
     It has a session of its own, so a Ctrl-C at the terminal, which goes to the whole foreground group, does not
     reach it: the relay decides when it ends.
@@ -129,7 +130,7 @@ def lock_file(path: Path) -> int:
             return True
         return False
 
-    if not until(locked, 0.5):  # longer than anybody's look in `is_free_lock`
+    if not until(locked, 0.5):  # longer than `is_free_lock` of another process holds it
         os.close(lock)
         raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
     return lock
@@ -167,7 +168,7 @@ def end_holder(path: Path, number: signal.Signals, seconds: float) -> bool:
 
 
 def until(ready: Callable[[], bool], seconds: float) -> bool:
-    """Look until `ready` says yes, for at most so many seconds; return what it said last."""
+    """Call `ready` until it returns true, for at most so many seconds; return its last result."""
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:

@@ -1,1 +1,1 @@
-"""What the process itself needs: loops that live as long as it, and its log."""
+"""What the process itself needs: loops that run as long as it does, and its log."""

@@ -48,11 +48,11 @@ class _Json(logging.Formatter):
 def configure(config: LogConfig) -> LogStream:
     """Send the log of this process, and all else that it writes to standard error, there as the settings say.
 
-    Nobody waits for that: see `LogStream`, which is returned and which the end of the interpreter finishes. gevent
-    prints exceptions of greenlets to `sys.stderr`, Python those that end the process.
+    Nothing blocks on that: see `LogStream`, which is returned, and which is finished when the interpreter ends.
+    gevent prints exceptions of greenlets to `sys.stderr`, and Python those that end the process.
     """
     formatter = _Json() if config.format == "json" else _Text()
-    # Where the process was started without a standard error, its number may be that of a socket by now.
+    # If the process was started without a standard error, descriptor 2 may be a socket by now.
     descriptor = sys.__stderr__.fileno() if sys.__stderr__ else os.open(os.devnull, os.O_WRONLY)
     stream = LogStream(descriptor, _notice(formatter))
     atexit.register(stream.finish, _FINISH_TIMEOUT)
@@ -61,12 +61,12 @@ def configure(config: LogConfig) -> LogStream:
     handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=config.level.upper(), force=True)
     if config.level != "debug":
-        logging.getLogger("pika").setLevel(logging.CRITICAL)  # its troubles are told by the connection keeper
+        logging.getLogger("pika").setLevel(logging.CRITICAL)  # the connection keeper logs what it reports
     return stream
 
 
 def _notice(formatter: logging.Formatter) -> Callable[[int], str]:
-    """Return what makes the line that tells of dropped ones; in a native thread, where no record can be made."""
+    """Return the function that makes the line about dropped lines; it runs in a native thread without gevent."""
     sentence = "%d lines were dropped here: standard error did not take them"
     record = logging.LogRecord(__name__, logging.WARNING, __file__, 0, sentence, (0,), None)
 

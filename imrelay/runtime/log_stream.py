@@ -1,7 +1,7 @@
-"""A text stream that never blocks who writes to it: a native thread passes the text on to a descriptor.
+"""A text stream that never blocks its writers: a native thread writes the text to a descriptor.
 
-A pipe that nobody reads, a terminal that is held (Ctrl-S) or a slow disk then stops the log and nothing else.
-What does not fit into the queue meanwhile is dropped and counted; the count is told when text passes again.
+A pipe that nobody reads, a terminal that is paused (Ctrl-S) or a slow disk delays the log and nothing else. What
+does not fit into the queue meanwhile is dropped and counted; the count is written when there is room again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["LogStream"]
 
 #: What may wait to be written: pieces of text (a line each, as a rule), and bytes.
 _MAX_PIECES, _MAX_BYTES = 10_000, 1_048_576
-#: The share of either that has to be free again before text is taken after some was dropped.
+#: The share of either that has to be free before text is accepted again after some was dropped.
 _ROOM_AGAIN = 0.5
 #: Bytes that are written at once; a pipe takes 64 KiB by default.
 _WRITE_SIZE = 16_384
 #: Seconds before the next attempt to write after the system has refused one (a full disk).
 _REFUSED_PAUSE = 0.1
-#: Errors of a write after which no other can succeed: the reader of the pipe has gone, the descriptor was closed.
+#: Errors after which no other write can succeed: the reader of the pipe has gone, or the descriptor was closed.
 _NOBODY_READS = (errno.EPIPE, errno.EBADF)
 
 # The modules are patched: only the originals make and wait for native threads.
@@ -58,7 +58,7 @@ class LogStream(io.TextIOBase):
         self._bytes = 0
         #: Lines dropped after the last that is in the queue; None while nothing is dropped.
         self._dropped: int | None = None
-        #: Guards what is above and below; held for a moment, never while writing.
+        #: Guards the queue and the counts; never held while writing.
         self._lock = _make_reentrant_lock()
         self._is_writing = False
         self._is_finished = False

@@ -26,10 +26,10 @@ _REPEAT_AFTER = 60.0
 def run_for_ever(body: Callable[[], None], *, name: str, pause: float = _FIRST_PAUSE) -> gevent.Greenlet:
     """Spawn a greenlet that calls `body`, and calls it again after each exception; return the greenlet.
 
-    `body` is a loop: when it returns, its work is done and the greenlet ends. What it held when an exception
-    ended it has to be such that it can be called again. `pause` (seconds) comes before the first new call; it
-    doubles up to 5 s while failures follow each other. A `gevent.Timeout` that escapes `body` counts as a failure.
-    `GreenletExit` (`kill`), `SystemExit` and `KeyboardInterrupt` end the loop.
+    `body` is a loop: when it returns, its work is done and the greenlet ends. It has to be possible to call it
+    again after any exception. `pause` (seconds) comes before the first new call; it doubles up to 5 s while
+    failures follow each other. A `gevent.Timeout` that escapes `body` counts as a failure. `GreenletExit`
+    (`kill`), `SystemExit` and `KeyboardInterrupt` end the loop.
     """
     greenlet = gevent.spawn(_run_loop, body, name, pause)
     greenlet.name = name

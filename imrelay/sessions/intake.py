@@ -1,7 +1,7 @@
-"""The intake of a session: what its browser sends, and the answers to it.
+"""The intake of a session: what its browser sends, and the answers to that.
 
-It is checked and queued for the publisher in the event loop, where nothing blocks: while the publisher has no
-room, or the browser has too many answers to come, the reading of this socket is paused.
+A message is checked and queued for the publisher in the event loop, where nothing blocks: while the publisher has
+no room, or too many messages of this browser are unanswered, the reading of its socket is paused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from imrelay.websocket import WebSocket
 
 __all__ = ["Intake", "SessionState"]
 
-#: Frames of one browser that were read and not yet answered; with so many its socket is not read.
+#: Messages of one browser that are not yet answered; with so many its socket is not read.
 _MAX_UNANSWERED = 256
 #: Bytes of answers that wait to be written; with so many the socket is not read. One answer may be larger.
 _MAX_ANSWER_BYTES = 65_536
@@ -40,7 +40,7 @@ class SessionState(enum.Enum):
 class Intake(ABC):
     """The half of a session that receives from the browser.
 
-    It is no object of its own, since there is one for each socket, and a second one would take memory.
+    It is a base class and not an object of its own, to save memory: there is one for each socket.
     """
 
     __slots__ = (
@@ -66,11 +66,11 @@ class Intake(ABC):
         self._services = services
         self._websocket: WebSocket | None = None
         self._mailbox = Mailbox(services.limits.max_send_buffer)
-        #: Frames that were read and not yet answered.
+        #: How many messages were read and are not yet answered.
         self._unanswered = 0
         #: The message for which the publisher has no room yet.
         self._waiting: Publication | None = None
-        #: Whether the browser is not read for the moment.
+        #: Whether the reading of the socket is paused.
         self._is_paused = False
         self._received = 0
         self._resends: Resends | None = None
@@ -108,7 +108,7 @@ class Intake(ABC):
 
     @property
     def _must_pause(self) -> bool:
-        """Whether a message waits for room, or so much is to be answered or written that no more is read."""
+        """Whether a message waits for room, or too many answers are missing or wait to be written."""
         return (
             self._unanswered >= _MAX_UNANSWERED
             or self._waiting is not None
@@ -116,18 +116,18 @@ class Intake(ABC):
         )
 
     def _go_on_reading(self) -> None:
-        """Read the browser again, if there is no longer a reason to pause; called from anywhere."""
+        """Resume the reading of the socket if there is no reason to pause; may be called from any greenlet."""
         if self._is_paused and not self._must_pause and self._websocket is not None:
             self._is_paused = False
             self._websocket.resume()
 
     def _on_room(self) -> None:
-        """The message that waited is with the publisher, or was refused; called in the event loop."""
+        """Called in the event loop when the publisher has taken the message that waited, or has refused it."""
         self._waiting = None
         self._go_on_reading()
 
     def _note_answered(self, count: int) -> None:
-        """Note that frames are answered, or need no answer; called from anywhere."""
+        """Note that messages are answered, or need no answer; may be called from any greenlet."""
         self._unanswered -= count
         if self._is_paused:
             self._go_on_reading()
@@ -142,7 +142,8 @@ class Intake(ABC):
     def _submit(self, submission: Submission, sent: bytes) -> None:
         """Queue a message for the publisher, or have it wait for room there. Raises `AnswerableError`.
 
-        It keeps its message id where its sender was told that it may have arrived and sends the same bytes again.
+        It keeps its former message id if its sender was told that it may have arrived, and sends the same bytes
+        again.
         """
         if self._services.registry.is_draining:
             raise BrokerUnavailable("the relay is stopping; this message was not accepted", submission.message_id)
@@ -169,7 +170,7 @@ class Intake(ABC):
             raise
 
     def _answer(self, publication: Publication, error: AnswerableError | None) -> None:
-        """Tell the browser what became of its message; called by the publisher, from anywhere."""
+        """Answer a message of the browser's; called by the publisher, in any greenlet or in the event loop."""
         try:
             self._put_answer(publication, error)
         except Exception:

@@ -1,4 +1,4 @@
-"""The sockets of this process: who is here, how many may be, and how all of them leave."""
+"""The registry of the sessions in this process: counts them, finds them by id, and ends them at a stop."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["Member", "Registry"]
 
 #: Close code of a session whose browser has come back on another connection.
 RESUMED = 4409
-#: Seconds between two looks at all sessions.
-SWEEP_INTERVAL = 1.0
+#: Seconds between two checks of all sessions.
+CHECK_INTERVAL = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ class Member(Protocol):
         """End the session now; returns at once."""
 
     def wait_detached(self, timeout: float) -> bool:
-        """Block, once it was ended, until the broker has back what was not taken; tell whether it has in time."""
+        """Block after the end until the broker has back what was not taken; tell whether that was in time."""
 
     def check(self) -> None:
-        """Look whether the session has to end; called every `SWEEP_INTERVAL`."""
+        """End the session if it has to; called every `CHECK_INTERVAL`."""
 
 
 class Registry:
@@ -54,24 +54,24 @@ class Registry:
         self._faulty: set[Member] = set()
         #: Whether the relay is stopping: nobody may join any more.
         self.is_draining = False
-        self._sweeper: gevent.Greenlet | None = None
+        self._checker: gevent.Greenlet | None = None
 
     def start(self) -> None:
-        """Begin to sweep; returns at once."""
-        if self._sweeper is None:
-            self._sweeper = run_for_ever(self._run_sweeper, name="sweeper")
+        """Begin to check the sessions; returns at once."""
+        if self._checker is None:
+            self._checker = run_for_ever(self._run_checker, name="session-checker")
 
     def stop(self) -> None:
-        """Sweep no more."""
-        if self._sweeper is not None:
-            self._sweeper.kill()
+        """Check them no more."""
+        if self._checker is not None:
+            self._checker.kill()
 
     def __len__(self) -> int:
         return len(self._members)
 
     @property
     def is_full(self) -> bool:
-        """Whether `max_connections` are here."""
+        """Whether `max_connections` sessions are counted."""
         return len(self._members) >= self._max
 
     def join(self, member: Member) -> None:
@@ -91,7 +91,7 @@ class Registry:
         self._by_id[member.id] = member
 
     def forget(self, member: Member) -> None:
-        """No longer let it be found. Idempotent."""
+        """Let a session be found no longer. Idempotent."""
         self._by_id.pop(member.id, None)
 
     def end(self, user: str, session: str, timeout: float) -> None:
@@ -119,9 +119,9 @@ class Registry:
         self._empty.wait(1)
         return len(late)
 
-    def _run_sweeper(self) -> None:
+    def _run_checker(self) -> None:
         while True:
-            gevent.sleep(SWEEP_INTERVAL)
+            gevent.sleep(CHECK_INTERVAL)
             for member in self._members - self._faulty:
                 try:
                     member.check()
@@ -132,7 +132,7 @@ class Registry:
 
     @staticmethod
     def _end(end: Callable[[int, str], None], code: int, reason: str) -> None:
-        """End one member; one that cannot be ended does not keep the others from it."""
+        """End one member; an exception is logged, so that the others are ended too."""
         try:
             end(code, reason)
         except Exception:

@@ -1,4 +1,4 @@
-"""What a session remembers of messages that may have arrived although their sender was told of a failure."""
+"""Messages that may have arrived although their sender got an error: sent again, they keep their message id."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 __all__ = ["Resends"]
 
-#: Messages that are remembered per session, about 300 bytes each: by default as many may be under way.
+#: Messages that are remembered per session, about 300 bytes each: the default `publish_queue`.
 _REMEMBERED = 1_000
 
 
@@ -23,7 +23,7 @@ class Resends:
         self._known: OrderedDict[str | int, tuple[bytes, str, int]] = OrderedDict()
 
     def remember(self, message_id: str | int, sent: bytes, binary: bool, mid: str, time_ms: int) -> None:
-        """Note a message of uncertain end; `sent` is what its sender sent."""
+        """Note a message that may have arrived; `sent` is the bytes from its sender."""
         self._known[message_id] = (_digest(sent, binary), mid, time_ms)
         self._known.move_to_end(message_id)
         if len(self._known) > _REMEMBERED:
@@ -37,7 +37,7 @@ class Resends:
         return known[1:]
 
     def forget(self, message_id: str | int) -> None:
-        """The message under this id was confirmed: what comes under it from now on is another one."""
+        """Forget the message with this id: it was confirmed, and the next with this id is another one."""
         self._known.pop(message_id, None)
 
 

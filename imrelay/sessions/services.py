@@ -26,5 +26,5 @@ class Services:
     limits: WebSocketConfig
     #: Whether bodies are wrapped as the article's Node.js server does (`envelope = node`).
     node_envelope: bool
-    #: Messages that a socket remembers, to know repeats of them.
+    #: How many messages a socket remembers, to recognise repeats.
     remembered: int

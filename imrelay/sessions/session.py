@@ -1,4 +1,4 @@
-"""A session: one browser socket, its user, and the greenlet that runs it.
+"""A session: one browser socket of one user, and the greenlet that runs it.
 
     CONNECTING --> OPEN --> CLOSING --> CLOSED
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 #: Bytes that are written to a browser at once, before they are acknowledged to the broker.
 _CHUNK = 65_536
-#: Seconds for the broker to confirm the end of a channel; then the session is forgotten all the same.
+#: Seconds for the broker to confirm the end of a channel; after that the session is forgotten.
 _DETACH_TIMEOUT = 2.0
 
 
@@ -73,7 +73,7 @@ class Session(Intake):
             return
         try:
             self._open(websocket)
-            # Not a `for` loop over the mailbox: each socket would take 1.3 KiB more, of C stack, while it waits.
+            # Not a `for` loop over the mailbox: each socket that waits would take 1.3 KiB more of C stack.
             while batch := self._mailbox.take():  # blocks until there are deliveries or answers
                 self._go_on_reading()
                 self._write(websocket, batch)  # and acknowledges
@@ -110,11 +110,11 @@ class Session(Intake):
             websocket.send_messages([(welcome, False)])
 
     def _leave(self, websocket: WebSocket) -> None:
-        """See the session to its end: its socket, its place in the registry, its channel."""
+        """Finish the session: close its socket, give up its place in the registry, wait for its channel to end."""
         registry = self._services.registry
         try:
-            # It is counted until the browser has answered the close frame. A process that ended before could
-            # take back what the kernel still holds for it: with unread input, its sockets end with a reset.
+            # The session is counted until the browser has answered the close frame. If the process ended earlier,
+            # unread input would make the kernel reset the connection and discard what is still to be sent.
             websocket.close()
             self._set_state(SessionState.CLOSED)
             self._log.info(
@@ -128,7 +128,7 @@ class Session(Intake):
         finally:
             registry.leave(self)
             if self.id:
-                # A browser that comes back now finds it until the broker has back what was not acknowledged.
+                # A browser that resumes it waits until the broker has back what was not acknowledged.
                 try:
                     self._consumer.wait_detached(_DETACH_TIMEOUT)
                 finally:
@@ -137,8 +137,8 @@ class Session(Intake):
     def close(self, code: int = 1000, reason: str = "") -> None:
         """End the session; returns at once, and does nothing the second time.
 
-        The socket first, so that nothing more is taken; then the consumer, which gives the broker back what was
-        not; then the mailbox, which ends the greenlet. May be called in the event loop.
+        Closes the socket first, so that nothing more is taken; then the consumer, so that the broker has back what
+        was not taken; then the mailbox, which ends the greenlet. May be called in the event loop.
         """
         if self.state in (SessionState.CLOSING, SessionState.CLOSED):
             return
@@ -158,7 +158,7 @@ class Session(Intake):
                     self._services.publisher.withdraw(waiting)
 
     def wait_detached(self, timeout: float) -> bool:
-        """Block, once it was closed, until the broker has back what was not taken; tell whether it has in time."""
+        """Block after `close` until the broker has back what was not taken; tell whether that was in time."""
         return self._consumer.wait_detached(timeout)
 
     def finish(self, code: int, reason: str) -> None:
@@ -170,7 +170,7 @@ class Session(Intake):
             self.close(code, reason)
 
     def check(self) -> None:
-        """End the session if its browser acknowledges nothing any more; called by the registry's sweeper."""
+        """End the session if its browser has not acknowledged in time; called by the registry."""
         if self._protocol.is_overdue(self._services.limits.ack_timeout):
             self._log.warning("a message stayed unacknowledged over ack_timeout")
             self.close(4408, "messages stayed unacknowledged over ack_timeout")
@@ -186,14 +186,14 @@ class Session(Intake):
 
     @property
     def _log(self) -> _Log:
-        """Made when it is needed, which is twice in a session's life."""
+        """The log of this session; made at each use, since it is used twice in a session's life."""
         return _Log(logger, {"user": self.user})
 
     def _set_state(self, state: SessionState) -> None:
         logger.debug("session of %s: %s -> %s", ascii(self.user), self.state.value, state.value)
         self.state = state
 
-    # -- what the browser gets, in the session's greenlet -----------------------------------------------------
+    # -- writing to the browser, in the session's greenlet -----------------------------------------------------
 
     def _write(self, websocket: WebSocket, items: list[Delivery | bytes]) -> None:
         """Write answers and deliveries, about `_CHUNK` bytes or one item at a time."""
@@ -208,7 +208,7 @@ class Session(Intake):
             else:
                 try:
                     frame = encode(item)
-                except Exception:  # it would end every session that it comes to
+                except Exception:  # it would end every session that it is delivered to
                     self._log.exception("a message could not be written and is discarded, mid %s", ascii(item.mid))
                     self._consumer.discard(item)
                     continue

@@ -1,6 +1,6 @@
 """The two subprotocols: how deliveries are written to a browser, and when they count as taken.
 
-`Plain` is the article's (no subprotocol, or `echo-protocol`): the message itself, taken when it is written.
+`Plain` (no subprotocol, or `echo-protocol`, as in the article): the message itself, taken when it is written.
 `V1` is `imrelay.v1` (PROTOCOL section 5): numbered, taken when the browser has acknowledged it.
 """
 
@@ -26,29 +26,29 @@ __all__ = ["SUBPROTOCOLS", "V1", "Frame", "Plain", "choose", "remembered", "resu
 Frame = tuple[bytes, bool]
 
 _V1_NAME = "imrelay.v1"
-#: What the relay speaks by name, in its order of preference.
+#: The subprotocols of the relay, in its order of preference.
 SUBPROTOCOLS = (_V1_NAME, "echo-protocol")
 
 #: A session of `imrelay.v1`: the ULID that its welcome names.
 _SESSION_ID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
-#: Who comes back offers this with the session of its last welcome behind it, beside `imrelay.v1`.
+#: A browser that comes back offers this, followed by the session of its last welcome, beside `imrelay.v1`.
 _RESUME = "imrelay.resume."
 
-#: Bounds of the messages that a socket remembers as sent, to know repeats of them.
+#: Bounds of the number of messages that a socket remembers, to recognise repeats.
 _FEWEST_REMEMBERED, _MOST_REMEMBERED = 1_024, 20_000
-#: At least as many for a socket that has stood by: what its live queue brought, the inbox may repeat when it is
-#: promoted, with all that waited behind what the former active consumer did not acknowledge.
+#: The least for a socket that has stood by: when it is promoted, the inbox may repeat what its live queue has
+#: delivered, after all that the former active consumer did not acknowledge.
 _REMEMBERED_STANDING_BY = 10_000
-#: How long at least a message is remembered, in seconds, while no more than those come.
+#: Seconds for which a message is remembered, at least, unless more than those numbers follow it.
 _REMEMBERED_TIME = 3_600.0
-#: Length of a relay's own message ids; the first ten characters are a time, the others tell messages apart.
+#: Length of a relay's own message ids, and of the time at their beginning; the rest identifies the message.
 _SIZE_OF_MID, _SIZE_OF_TIME = 26, 10
 
 
 def remembered(publish_queue: int) -> int:
     """Return how many messages a socket remembers, by how many a relay may publish again after a lost connection.
 
-    Twice as many: a second relay, whose broker went at the same moment, may have published as many in between.
+    Twice as many: a second relay that lost its connection at the same moment may publish as many in between.
     """
     return max(_FEWEST_REMEMBERED, min(2 * publish_queue, _MOST_REMEMBERED))
 
@@ -66,7 +66,7 @@ def resumed_session(offered: str) -> str | None:
 
 
 class _Memory:
-    """The messages of relays that were sent last, in two generations: no bookkeeping per message but a dictionary.
+    """The messages of relays that were sent last, in two generations: one dictionary look-up per message.
 
     One generation is `size` messages, or those of `_REMEMBERED_TIME`: a socket that lives for days with a message
     now and then remembers few.
@@ -88,7 +88,7 @@ class _Memory:
         if key in recent or key in self._older:
             return True
         recent[key] = None
-        # Only behind one that is new: after a pause, what is delivered again comes first.
+        # Only after a new message: after a pause, what is delivered again comes first.
         if len(recent) < size and now - self._began < _REMEMBERED_TIME:
             return False
         if not consumer.has_stood_by or len(recent) >= max(size, _REMEMBERED_STANDING_BY):
@@ -113,10 +113,10 @@ class Plain:
         self._consumer = consumer
         self._node_envelope = node_envelope
         self._remembered = remembered
-        self._memory: _Memory | None = None  # nothing, for the many who only listen
+        self._memory: _Memory | None = None  # until the first message, to save memory
 
     def encode(self, delivery: Delivery) -> Frame | None:
-        """Return what is to be written for a delivery; None for a repeat of what this socket got already."""
+        """Return what is to be written for a delivery; None for a repeat of one that this socket has got."""
         if self._is_repeat(_key_of(delivery)):
             return None
         if self._node_envelope or not delivery.body.isascii():
@@ -124,7 +124,7 @@ class Plain:
         return delivery.body, delivery.binary
 
     def written(self, deliveries: Sequence[Delivery]) -> None:
-        """Note that the browser's connection has taken what `encode` made of these."""
+        """Note that these have been written to the browser's connection."""
         self._consumer.ack(deliveries)
 
     def control(self, control: ClientAck | ClientPing) -> bytes | None:
@@ -161,7 +161,7 @@ class _Sent:
     def __init__(self, seq: int, delivery: Delivery, key: str | None, since: float) -> None:
         self.seq = seq
         self.delivery = delivery
-        #: What a repeat of it is known by; None where there is no repeat detection.
+        #: The key by which a repeat is recognised; None where there is no repeat detection.
         self.key = key
         self.since = since
 
@@ -170,8 +170,8 @@ class V1(Plain):
     """Numbers the messages; what the browser has acknowledged is taken.
 
     After the broker was away, it delivers again what was not acknowledged to it. What this socket has already is
-    not sent again: the new delivery takes the place of the one that is void, or is acknowledged at once. A message
-    of another program is sent again, with a number of its own, and the void delivery is forgotten.
+    not sent again: the new delivery replaces the void one, or is acknowledged at once. A message of another
+    program is sent again, with a number of its own, and the void delivery is forgotten.
     """
 
     __slots__ = ("_by_key", "_seq", "_source", "_unacknowledged")
@@ -204,7 +204,7 @@ class V1(Plain):
         return json.dumps({"welcome": fields}, ensure_ascii=False, separators=(",", ":")).encode()
 
     def encode(self, delivery: Delivery) -> Frame | None:
-        """Return the numbered frame for a delivery; None for a repeat. Lets go of the delivery's body."""
+        """Return the numbered frame for a delivery; None for a repeat. Drops the delivery's body."""
         if delivery.channel is not self._source:
             self._source = delivery.channel
             self._forget_void(delivery.channel)
@@ -230,12 +230,12 @@ class V1(Plain):
         delivery.body = b""
         if sent is not None:
             stale, sent.delivery = sent.delivery, delivery
-            self._consumer.ack_each([stale])  # of this channel still, it takes one place of the prefetch
+            self._consumer.ack_each([stale])  # if it is of this channel, it takes one place of the prefetch
         else:
             self._consumer.ack_each([delivery])
 
     def _forget_void(self, channel: object) -> None:
-        """Forget other programs' messages of a channel that has gone: they come again by themselves."""
+        """Forget other programs' messages of a channel that has ended: the broker delivers them again."""
         if self._unacknowledged:
             self._unacknowledged = deque(
                 sent for sent in self._unacknowledged if sent.key is not None or sent.delivery.channel is channel
@@ -271,7 +271,7 @@ def choose(subprotocol: str | None, consumer: Consumer, *, node_envelope: bool, 
 
 
 def _key_of(delivery: Delivery) -> str | None:
-    """Return what a message is known by when it comes again; None where there is no repeat detection.
+    """Return the key by which a repeat of a message is recognised; None where there is no repeat detection.
 
     Only the ids of relays count, which `app_id` tells: another program may give many messages one id.
     """

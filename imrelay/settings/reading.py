@@ -1,4 +1,4 @@
-"""The rows of the settings' table as text: how they are read, written and checked, and from where.
+"""Reads, writes and checks settings as text, by the rows of the table of settings.
 
 Later sources win: default, file, environment (`IMRELAY_<SECTION>_<KEY>`), command line (`--<section>-<key>`).
 """
@@ -31,7 +31,7 @@ _FALSE = {"no", "false", "off", "0"}
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One row of the table: a key, its type, default, unit, bounds and reason."""
+    """One row of the table: a key, its type, default, unit, bounds and description."""
 
     section: str
     key: str
@@ -72,7 +72,7 @@ class Setting:
         return " ".join(map(hide_password, value)) if self.check == "url" else self.write(value)
 
     def read(self, text: str, where: str) -> Any:
-        """Turn text into the value; raise `ConfigError` that names `where` when it is none."""
+        """Turn text into the value; raise `ConfigError`, which names `where`, if that is not possible."""
         text = text.strip()
         if self.type is bool:
             if text.lower() in _TRUE | _FALSE:
@@ -159,7 +159,7 @@ def _check_exchange(word: str, words: tuple[str, ...], where: str) -> None:
 
 
 def _check_optional(word: str, words: tuple[str, ...], where: str) -> None:
-    """Any line of text will do, or none."""
+    """Accept any line of text, or none."""
 
 
 _CHECKS = {"optional": _check_optional, "origin": _check_origin, "url": _check_url, "exchange": _check_exchange}
@@ -173,9 +173,9 @@ def hide_password(url: str) -> str:
     return _NO_PORT.sub(":***", url)
 
 
-#: Also of what is no URL, such as one without its '//'.
+#: Matches malformed URLs too, such as one without its '//'.
 _PASSWORD = re.compile(r"(?P<before>(?:[A-Za-z]+:/+|amqps?:|(?!\w+:/))[^:@/]*):.*(?P<tail>@[^@]*)", re.S)
-#: What stands where a port should and is none: the first half of a password with a blank in it.
+#: Matches what is in the place of a port and is none: the first half of a password with a blank in it.
 _NO_PORT = re.compile(r"(?<=[^:/]):(?!/|\d+(?:/|$)).*", re.S)
 
 

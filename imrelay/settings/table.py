@@ -9,7 +9,7 @@ from imrelay.settings.reading import Setting, settings
 
 __all__ = ["settings_table"]
 
-#: The least that a line has for the meaning, in characters, however narrow the terminal is.
+#: The least width of the column for the meaning, in characters, however narrow the terminal is.
 _NARROWEST = 30
 _HEADINGS = ("setting", "default, unit", "meaning")
 

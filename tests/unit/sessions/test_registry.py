@@ -50,7 +50,7 @@ class Member:
 @pytest.fixture
 def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     """A registry that looks at its members all the time."""
-    monkeypatch.setattr(registry, "SWEEP_INTERVAL", 0.001)
+    monkeypatch.setattr(registry, "CHECK_INTERVAL", 0.001)
     made = Registry(10)
     with gevent.Timeout(PATIENCE):
         yield made
@@ -72,7 +72,7 @@ def test_a_session_that_cannot_be_checked_does_not_keep_the_others_from_it(owner
     assert len(owner) == 5, "the one that cannot be closed still counts"
 
 
-def test_the_sweeper_outlives_a_fault_of_a_round(owner: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checks_go_on_after_a_round_that_fails(owner: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round that fails as a whole is logged, and the next rounds come."""
     failed = Event()
 
