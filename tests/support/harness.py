@@ -190,6 +190,8 @@ class Node:
             self._process.kill()
             self._process.wait()
             raise
+        finally:
+            self._close_pipes()
 
     def kill(self) -> None:
         """Kill the helper process with -9, as a relay that ran this node might be."""
@@ -198,6 +200,14 @@ class Node:
             self._control = None
         self._process.kill()
         self._process.wait()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
 
 
 class BrokerControl:
