@@ -1,4 +1,4 @@
-"""The fixtures of all tests: a RabbitMQ a run, a virtual host or a WebSocket server a module, relay processes."""
+"""The fixtures of all tests: one RabbitMQ for the run, a virtual host and a WebSocket server for each module."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from imrelay.broker.connection import Connection
 from imrelay.errors import SetupError
 from tests.support.gate import Gate
 from tests.support.harness import Node, RelayProcess, VirtualHost, plain_environment, restore_signals_for_children
-from tests.support.websocket_peer import Peer, Server, running_server
+from tests.support.websocket_peer import Peer, PeerServer, running_server
 
-#: What a relay of the tests is told where the test says nothing else.
+#: The settings of a relay under test, unless the test gives others.
 _DEFAULTS = {"server_host": "127.0.0.1", "server_port": "0", "server_drain_timeout": "5"}
 
-# How long it takes to think up examples says something of the machine, and nothing of what is tested.
+# The time that hypothesis takes to generate examples depends on the machine alone.
 hypothesis.settings.register_profile(
     "imrelay", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("imrelay")
 
-# Tests send these signals to what they start, however the run itself was started.
+# Tests send SIGINT and SIGHUP to what they start; a run in the background of a shell ignores SIGINT.
 restore_signals_for_children()
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 _PATIENCE = 20.0
 
 RelayFactory = Callable[..., RelayProcess]
@@ -53,7 +53,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 @pytest.fixture(scope="module")
 def broker(node: Node, request: pytest.FixtureRequest) -> Iterator[VirtualHost]:
-    """A virtual host of the module's own; `url`, `ctl`, `queues`, `channels` and so on are of it alone."""
+    """A virtual host of the module's own; `url`, `queues`, `channels` and so on are of it alone."""
     module = re.sub(r"\W+", "-", request.module.__name__.rpartition(".")[2])
     vhost = VirtualHost(node, f"{module}-{secrets.token_hex(3)}")
     vhost.create()
@@ -67,12 +67,6 @@ def broker(node: Node, request: pytest.FixtureRequest) -> Iterator[VirtualHost]:
 def broker_url(broker: VirtualHost) -> str:
     """The AMQP URL of the module's virtual host."""
     return broker.url
-
-
-@pytest.fixture(scope="module")
-def broker_ctl(broker: VirtualHost) -> VirtualHost:
-    """The administrator's view of the module's virtual host."""
-    return broker
 
 
 @pytest.fixture
@@ -139,14 +133,14 @@ def relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RelayFacto
 
 
 @pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest) -> Iterator[PeerServer]:
     """A WebSocket server of the module's own, with the settings that the module names in `SERVER`."""
     with running_server(**getattr(request.module, "SERVER", {})) as made:
         yield made
 
 
 @pytest.fixture
-def peer(server: Server) -> Iterator[Peer]:
+def peer(server: PeerServer) -> Iterator[Peer]:
     """A socket that the module's WebSocket server echoes to."""
     with Peer(server) as made:
         yield made.open()

@@ -93,7 +93,7 @@ def test_the_next_url_is_tried_when_one_is_down(relay: RelayFactory, broker_url:
         traffic.verdict()
 
 
-class _Attaching(MethodTap):
+class _SubscriptionCount(MethodTap):
     """Counts the subscriptions that have been asked for and are not there yet."""
 
     #: basic.consume; the queue.declare-ok that answers the last question of a subscription.
@@ -122,7 +122,7 @@ class _Attaching(MethodTap):
 def test_many_sockets_come_back_a_few_at_a_time(relay: RelayFactory, broker: VirtualHost) -> None:
     """When the broker is back, only so many sockets subscribe at the same time, and all of them in the end."""
     count, bound = 300, 16 + 1  # sockets, and the relay queue
-    seen = _Attaching()
+    seen = _SubscriptionCount()
     with Proxy(broker.url, tap=seen) as proxy, ExitStack() as sockets:
         host = relay(broker_url=proxy.url, broker_channels_per_connection=200)
         browsers = [sockets.enter_context(Browser(host, f"u{number}")) for number in range(count)]

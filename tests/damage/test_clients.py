@@ -331,7 +331,7 @@ def unread(process: RelayProcess, peer_port: int) -> int:
     raise AssertionError("there is no such connection")
 
 
-class Crowd:
+class ManySockets:
     """Many v1 sockets, opened and ended all at once, read one after the other."""
 
     def __init__(self, relay: RelayProcess, users: list[str]) -> None:
@@ -378,11 +378,11 @@ def test_a_thousand_that_leave_and_return_at_once(relay: RelayFactory, broker: V
         write("before")
         census = broker.census()
         descriptors = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
-        crowd = Crowd(process, users)
+        crowd = ManySockets(process, users)
         crowd.read("before")
         crowd.leave()
         for content in ("first", "second"):
-            crowd = Crowd(process, users + users[:100])
+            crowd = ManySockets(process, users + users[:100])
             write(content)
             crowd.read(content)
             crowd.leave()

@@ -33,7 +33,7 @@ def paused(relay: RelayProcess) -> Iterator[None]:
         relay.process.send_signal(signal.SIGCONT)
 
 
-class Flood:
+class FastSender:
     """A browser that sends as fast as it can, and throws away what it gets."""
 
     def __init__(self, relay: RelayProcess, user: str, to: str) -> None:
@@ -44,7 +44,7 @@ class Flood:
         self.sent = 0
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._run_sender, self._run_reader)]
 
-    def __enter__(self) -> Flood:
+    def __enter__(self) -> FastSender:
         for thread in self._threads:
             thread.start()
         return self
@@ -238,7 +238,7 @@ def test_a_rolling_restart_loses_nothing(relay: RelayFactory, v1: bool) -> None:
 def test_the_flood_of_one_relay_is_not_the_others_trouble(relay: RelayFactory) -> None:
     """Browsers of one relay send as fast as they can; those of another get all of theirs, without an error."""
     flooded, other = relay(broker_publish_queue=100, inbox_max_length=1000), relay()
-    with Flood(flooded, "loud", "hole"), Flood(flooded, "louder", "hole") as flood:
+    with FastSender(flooded, "loud", "hole"), FastSender(flooded, "louder", "hole") as flood:
         with Traffic([other], {"ann": ["bob"], "bob": ["ann"]}) as traffic:
             traffic.flow(50)
             begun = flood.sent

@@ -13,9 +13,9 @@ from typing import Any
 
 from tests.support.websocket_peer import BINARY, CLOSE, PING, PONG, TEXT, close_frame, frame, handshake
 
-__all__ = ["Client", "Refused", "split_v1"]
+__all__ = ["HandshakeRefused", "ModelClient", "split_v1"]
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 30.0
 #: Bytes of the kernel's buffer for one browser; with `relay_program.SEND_BUFFER` no large message goes into it.
 _RECEIVE_BUFFER = 4096
@@ -26,11 +26,11 @@ _V1 = re.compile(
 )
 
 
-class Refused(AssertionError):
+class HandshakeRefused(AssertionError):
     """The handshake was not answered with 101."""
 
 
-class Client:
+class ModelClient:
     """One WebSocket to a relay; `pump` takes in what has come, as (payload, is binary)."""
 
     def __init__(self, port: int, user: str, protocols: Sequence[str] = ()) -> None:
@@ -46,12 +46,12 @@ class Client:
         while b"\r\n\r\n" not in self._in:
             data = self.sock.recv(65_536)
             if not data:
-                raise Refused(f"the handshake of {user} was cut: {self._in!r}")
+                raise HandshakeRefused(f"the handshake of {user} was cut: {self._in!r}")
             self._in += data
         head, _, self._in = self._in.partition(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1.1 101"):
             self.sock.close()
-            raise Refused(f"the handshake of {user} was answered {head!r} {self._in!r}")
+            raise HandshakeRefused(f"the handshake of {user} was answered {head!r} {self._in!r}")
         self.sock.setblocking(False)
         #: The relay's close code; None where it sent no close frame.
         self.close_code: int | None = None

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.model.broker import Outside
-from tests.model.client import Client, split_v1
+from tests.model.client import ModelClient, split_v1
 from tests.model.fleet import Fleet, ModelRelay, Profile
-from tests.model.history import History, Message, Session, Violation
+from tests.model.history import History, Message, SessionRecord, Violation
 from tests.support.harness import eventually
 
-__all__ = ["Driver", "Tab"]
+__all__ = ["Driver", "ModelTab"]
 
 #: Seconds in which what must come has to come: a guard, generous for a busy machine.
 _GUARD = 20.0
@@ -26,11 +26,11 @@ _KERNEL = 18_000
 
 
 @dataclass(eq=False)
-class Tab:
+class ModelTab:
     """A browser's socket and what is known of its session."""
 
-    session: Session
-    client: Client
+    session: SessionRecord
+    client: ModelClient
     #: The session's own name for itself (`welcome`).
     token: str = ""
     #: Its browser does not read at the moment.
@@ -58,11 +58,11 @@ class Driver:
             max_length=profile.max_length, refusing=profile.refusing, begins_live=profile.begins_live
         )
         self.history.excused |= profile.hasty
-        self.tabs: list[Tab] = []
+        self.tabs: list[ModelTab] = []
         #: Half-open ones.
-        self.abandoned: list[Tab] = []
+        self.abandoned: list[ModelTab] = []
         #: Connections whose browsers have not noticed that a relay has ended them.
-        self._ghosts: list[Client] = []
+        self._ghosts: list[ModelClient] = []
         self.story: list[str] = []
         #: Relays that are paused or have no link at the moment, and those whose link only is held up.
         self._troubled: set[str] = set()
@@ -135,19 +135,19 @@ class Driver:
                     if tab.acked < len(tab.session.arrivals):
                         self._ack(tab, len(tab.session.arrivals))
 
-    def _read(self, tab: Tab) -> None:
+    def _read(self, tab: ModelTab) -> None:
         for payload, binary in tab.client.pump():
             self._receive(tab, payload, binary)
         if tab.client.is_over:
             self._note_end(tab)
 
-    def _note_end(self, tab: Tab) -> None:
+    def _note_end(self, tab: ModelTab) -> None:
         client = tab.client
         self._end(tab, lossy=client.was_reset and client.close_code is None)
         if not tab.is_ending:
             raise Violation(f"{tab.session.name} was closed by the relay, code {client.close_code}")
 
-    def _receive(self, tab: Tab, payload: bytes, binary: bool) -> None:
+    def _receive(self, tab: ModelTab, payload: bytes, binary: bool) -> None:
         session = tab.session
         if session.v1:
             numbered = split_v1(payload)
@@ -163,7 +163,7 @@ class Driver:
         else:
             self._take_in(tab, binary=binary, bodies=[payload])
 
-    def _take_in(self, tab: Tab, *, bodies: list[bytes], **facts: Any) -> None:
+    def _take_in(self, tab: ModelTab, *, bodies: list[bytes], **facts: Any) -> None:
         for body in bodies:
             message = self.history.find(tab.session, body)
             if message is not None:
@@ -230,14 +230,14 @@ class Driver:
         """Add a step to the story."""
         self.story.append(line)
 
-    def _end(self, tab: Tab, *, lossy: bool) -> None:
+    def _end(self, tab: ModelTab, *, lossy: bool) -> None:
         if tab in self.tabs:
             self.tabs.remove(tab)
         if tab in self.abandoned:
             self.abandoned.remove(tab)
         self.history.end(tab.session, lossy=lossy, room=_KERNEL + tab.client.incomplete)
 
-    def _drop(self, tab: Tab) -> None:
+    def _drop(self, tab: ModelTab) -> None:
         """Reset a half-open socket."""
         tab.client.reset()
         self._end(tab, lossy=True)

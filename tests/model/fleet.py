@@ -19,7 +19,7 @@ __all__ = ["PROFILES", "ROOT", "WITNESSES", "Fleet", "ModelRelay", "Profile"]
 
 #: The folder of the package and its tests.
 ROOT = Path(__file__).parents[2]
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 60.0
 #: Small limits, so that few messages reach them.
 _COMMON: dict[str, object] = {

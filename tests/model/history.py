@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Answer", "Arrival", "Epoch", "History", "Message", "Session", "Violation"]
+__all__ = ["Answer", "Arrival", "Epoch", "History", "Message", "SessionRecord", "Violation"]
 
 _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 #: Codes of errors about what a browser sent; nothing else of the example depends on them.
@@ -50,7 +50,7 @@ class Message:
     body: bytes
     sent_at: int
     binary: bool = False
-    sender: Session | None = None
+    sender: SessionRecord | None = None
     #: The client's own id of it; None where it asked for no answer.
     id: str | int | None = None
     #: What another program gave as `message_id`.
@@ -103,7 +103,7 @@ class Epoch:
 
 
 @dataclass(eq=False)
-class Session:
+class SessionRecord:
     """One browser socket of one user on one relay."""
 
     name: str
@@ -127,7 +127,7 @@ class Session:
     #: Half-open: its browser neither reads nor closes.
     is_abandoned: bool = False
     #: The session that it ended by `imrelay.resume`.
-    resumes: Session | None = None
+    resumes: SessionRecord | None = None
     #: Errors without an id that were no fault of its own.
     loose_errors: int = 0
     #: Pieces of bad input that are not yet answered.
@@ -171,7 +171,7 @@ class History:
         self.begins_live = begins_live
         self.refusing = refusing
         self.now = 0
-        self.sessions: list[Session] = []
+        self.sessions: list[SessionRecord] = []
         #: User -> when the inbox was deleted.
         self._inbox_lost: dict[str, int] = {}
         self.messages: list[Message] = []
@@ -182,7 +182,7 @@ class History:
         #: Relays that may answer `broker_unavailable` from then on.
         self.excused: set[str] = set()
         self._by_body: dict[bytes, list[Message]] = defaultdict(list)
-        self._by_id: dict[tuple[Session, str | int], Message] = {}
+        self._by_id: dict[tuple[SessionRecord, str | int], Message] = {}
 
     def tick(self) -> int:
         """Return the time of a new event."""
@@ -191,17 +191,23 @@ class History:
 
     # -- what browsers and programs do ---------------------------------------------------------------------------
 
-    def open(self, user: str, relay: str, *, v1: bool, is_attached: bool = True) -> Session:
+    def open(self, user: str, relay: str, *, v1: bool, is_attached: bool = True) -> SessionRecord:
         """Note a socket that was upgraded; `is_attached`: and the relay could reach the broker."""
         count = sum(session.user == user for session in self.sessions) + 1
-        session = Session(f"{user}/{count}", user, relay, v1, self.tick())
+        session = SessionRecord(f"{user}/{count}", user, relay, v1, self.tick())
         if is_attached:
             session.epochs.append(Epoch(session.opened_at))
         self.sessions.append(session)
         return session
 
     def send(
-        self, sender: Session | None, to: str, body: bytes, *, binary: bool = False, id: str | int | None = None
+        self,
+        sender: SessionRecord | None,
+        to: str,
+        body: bytes,
+        *,
+        binary: bool = False,
+        id: str | int | None = None,
     ) -> Message:
         """Note a message that is being sent; `body` is what its recipient is to get."""
         message = Message(len(self.messages) + 1, to, body, self.tick(), binary, sender, id)
@@ -216,7 +222,7 @@ class History:
         self.tick()
         message.attempts += 1
 
-    def end(self, session: Session, *, lossy: bool, room: int = 0) -> None:
+    def end(self, session: SessionRecord, *, lossy: bool, room: int = 0) -> None:
         """Note the end of a socket. `lossy`: what the relay had written may be lost, up to `room` bytes."""
         if session.ended_at is None:
             session.ended_at = self.tick()
@@ -244,13 +250,13 @@ class History:
         self.disturbances[relay].append(self.tick())
         self._disturbed.discard(relay)
 
-    def _end_epoch(self, session: Session) -> None:
+    def _end_epoch(self, session: SessionRecord) -> None:
         if session.is_attached:
             session.epochs[-1].end = self.now
 
     # -- what they get -------------------------------------------------------------------------------------------
 
-    def answer(self, session: Session, frame: dict[str, Any]) -> None:
+    def answer(self, session: SessionRecord, frame: dict[str, Any]) -> None:
         """Take an `ack` or `error` frame; raises `Violation` for one that may not come."""
         at = self.tick()
         kind, fields = next(iter(frame.items()))
@@ -270,7 +276,7 @@ class History:
         else:
             self._check_refusal(session, message, answer, frame)
 
-    def _take_loose_error(self, session: Session, code: str | None, frame: dict[str, Any]) -> None:
+    def _take_loose_error(self, session: SessionRecord, code: str | None, frame: dict[str, Any]) -> None:
         if code in _BAD_INPUT and session.bad_inputs:
             session.bad_inputs -= 1
         elif code in _REFUSALS and any(m.sender is session and m.id is None for m in self.messages):
@@ -278,7 +284,7 @@ class History:
         else:
             raise Violation(f"{session.name} got an error that nothing asked for: {frame}")
 
-    def _check_ack(self, session: Session, message: Message, answer: Answer, frame: dict[str, Any]) -> None:
+    def _check_ack(self, session: SessionRecord, message: Message, answer: Answer, frame: dict[str, Any]) -> None:
         if not _ULID.fullmatch(answer.mid or "") or not isinstance(frame["ack"].get("time"), int):
             raise Violation(f"the ack of {message} has no mid or time: {frame}")
         for other in self.messages:
@@ -291,7 +297,9 @@ class History:
             ):
                 raise Violation(f"the mids of {other} and {message} are not in the order of sending")
 
-    def _check_refusal(self, session: Session, message: Message, answer: Answer, frame: dict[str, Any]) -> None:
+    def _check_refusal(
+        self, session: SessionRecord, message: Message, answer: Answer, frame: dict[str, Any]
+    ) -> None:
         code = answer.code
         if code not in _REFUSALS:
             raise Violation(f"{message} is in good form and got {frame}")
@@ -338,7 +346,7 @@ class History:
             for other in self.messages
         )
 
-    def find(self, session: Session, body: bytes) -> Message | None:
+    def find(self, session: SessionRecord, body: bytes) -> Message | None:
         """Return the message of these bytes that a session got; where there are several, one that is new to it."""
         known = self._by_body.get(body, [])
         new = [message for message in known if message.to == session.user and not session.has_seen(message)]
@@ -354,7 +362,7 @@ class History:
 
     def arrive(
         self,
-        session: Session,
+        session: SessionRecord,
         message: Message,
         *,
         binary: bool = False,
@@ -385,7 +393,7 @@ class History:
         if session.is_open and message.sent_at > lost and not session.is_attached:
             session.epochs.append(Epoch(arrival.at))
 
-    def _check_v1(self, session: Session, arrival: Arrival) -> None:
+    def _check_v1(self, session: SessionRecord, arrival: Arrival) -> None:
         message = arrival.message
         expected = len(session.arrivals) + 1
         if arrival.seq != expected:
@@ -407,7 +415,7 @@ class History:
         ):
             raise Violation(f"{message} came to {session.name} again without redelivered")
 
-    def was_only(self, session: Session) -> bool:
+    def was_only(self, session: SessionRecord) -> bool:
         """Tell whether a session has never met another one of its user."""
         return all(
             other is session
@@ -417,7 +425,7 @@ class History:
             for other in self.sessions
         )
 
-    def ack(self, session: Session, seq: int) -> None:
+    def ack(self, session: SessionRecord, seq: int) -> None:
         """Note that the relay has processed a browser's acknowledgement of everything up to `seq`."""
         at = self.tick()
         for arrival in session.arrivals[:seq]:
@@ -450,7 +458,7 @@ class History:
             default=None,
         )
 
-    def is_disturbed(self, message: Message, session: Session) -> bool:
+    def is_disturbed(self, message: Message, session: SessionRecord) -> bool:
         """Tell whether a link was lost between a message's sending and now, its sender's or that of a session."""
         relays = {session.relay} | ({message.sender.relay} if message.sender is not None else set())
         if relays & self._disturbed:
@@ -478,7 +486,7 @@ class History:
             at = max(at or 0, took)
         return at
 
-    def may_be_half_written(self, session: Session, message: Message) -> bool:
+    def may_be_half_written(self, session: SessionRecord, message: Message) -> bool:
         """Tell whether a message may be of the last write to a plain session, and another of that not yet written.
 
         A write is acknowledged to the broker as a whole.
@@ -496,7 +504,7 @@ class History:
             for other in self.messages
         )
 
-    def due(self, session: Session) -> Iterator[Message]:
+    def due(self, session: SessionRecord) -> Iterator[Message]:
         """Yield what a session must still see: accepted, and sent while it was attached for sure."""
         if not session.is_open or session.is_abandoned:
             return

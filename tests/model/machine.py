@@ -18,12 +18,12 @@ from hypothesis.stateful import (
 )
 
 from tests.model.broker import FOREIGN, Outside
-from tests.model.driver import Tab
+from tests.model.driver import ModelTab
 from tests.model.fleet import PROFILES, Fleet
 from tests.model.history import Violation
 from tests.model.world import World
 
-__all__ = ["SEED", "SETTINGS", "SUITE", "Machine", "Stage", "run", "staged"]
+__all__ = ["SEED", "SETTINGS", "SUITE", "Stage", "StateMachine", "run", "staged"]
 
 #: What all runs have in common.
 SETTINGS = settings(
@@ -108,7 +108,7 @@ def is_about(line: str, users: list[str]) -> bool:
     return "session of" not in line or any(f"'{user}'" in line for user in users)
 
 
-class Machine(RuleBasedStateMachine):
+class StateMachine(RuleBasedStateMachine):
     """Three users, up to two relays, a broker, and what may happen to them."""
 
     #: Set by who runs it.
@@ -358,7 +358,7 @@ class Machine(RuleBasedStateMachine):
         return self.world
 
     @property
-    def _v1_tabs(self) -> list[Tab]:
+    def _v1_tabs(self) -> list[ModelTab]:
         return [tab for tab in self._world.tabs if tab.session.v1]
 
     def _close_all(self, user: str, how: str) -> None:
@@ -372,7 +372,7 @@ class Machine(RuleBasedStateMachine):
     def _relay(self, number: int) -> str:
         return self._world.profile.relays[number % len(self._world.profile.relays)]
 
-    def _tab(self, number: int) -> Tab:
+    def _tab(self, number: int) -> ModelTab:
         return self._world.tabs[number % len(self._world.tabs)]
 
     def _do(self, step: str | Callable[[], None], *arguments: Any, **options: Any) -> Any:
@@ -395,13 +395,13 @@ class Machine(RuleBasedStateMachine):
         return answer
 
 
-def staged(stage: Stage, number: int | None = None) -> type[Machine]:
+def staged(stage: Stage, number: int | None = None) -> type[StateMachine]:
     """Return the machine of a stage, with a seed: by default that of the suite."""
-    machine = type("StagedMachine", (Machine,), {"stage": stage})
+    machine = type("StagedMachine", (StateMachine,), {"stage": stage})
     return seed(SEED if number is None else number)(machine)
 
 
-def run(machine: type[Machine], limits: settings) -> str:
+def run(machine: type[StateMachine], limits: settings) -> str:
     """Run a machine; return the shortest story that breaks a promise, empty where none does."""
     try:
         run_state_machine_as_test(machine, settings=limits)

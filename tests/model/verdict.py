@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import combinations
 
-from tests.model.history import Arrival, History, Message, Session
+from tests.model.history import Arrival, History, Message, SessionRecord
 
 __all__ = ["complaints"]
 
@@ -55,11 +55,11 @@ def _of_lost(history: History, user: str) -> Iterator[str]:
 
 def _is_taken(history: History, message: Message) -> bool:
     """Tell whether somebody took a message; of equal ones, it is not known which of them came."""
-    has = Session.has_taken if history.is_unique(message) else Session.has_seen
+    has = SessionRecord.has_taken if history.is_unique(message) else SessionRecord.has_seen
     return any(has(session, message) for session in history.sessions)
 
 
-def _of_refused(history: History, message: Message, seen_by: list[Session]) -> Iterator[str]:
+def _of_refused(history: History, message: Message, seen_by: list[SessionRecord]) -> Iterator[str]:
     code = message.answers[0].code
     for session in seen_by:
         if code != "inbox_full":
@@ -88,7 +88,7 @@ def _may_have_met_a_queue_that_ended(history: History, message: Message) -> bool
     )
 
 
-def _of_session(history: History, session: Session) -> Iterator[str]:
+def _of_session(history: History, session: SessionRecord) -> Iterator[str]:
     firsts: dict[Message, Arrival] = {}
     for arrival in session.arrivals:
         firsts.setdefault(arrival.message, arrival)
@@ -114,7 +114,7 @@ def _is_before(history: History, one: Message, other: Message) -> bool:
     return accepted < other.sent_at
 
 
-def _is_copy(history: History, session: Session, arrival: Arrival) -> bool:
+def _is_copy(history: History, session: SessionRecord, arrival: Arrival) -> bool:
     """Tell whether a message may be a second copy: another session had it before, and a link was lost.
 
     What is published again stands behind what was published first, and the first one may have been taken.
@@ -125,7 +125,7 @@ def _is_copy(history: History, session: Session, arrival: Arrival) -> bool:
     )
 
 
-def _must_be_in_order(history: History, session: Session, one: Arrival, other: Arrival) -> bool:
+def _must_be_in_order(history: History, session: SessionRecord, one: Arrival, other: Arrival) -> bool:
     """Tell whether a session must get two messages in their order.
 
     Both were sent while it was attached without a break; or it was the only session of its user from its beginning

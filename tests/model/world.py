@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 from tests.model.broker import FOREIGN
-from tests.model.client import Client
-from tests.model.driver import Driver, Tab
+from tests.model.client import ModelClient
+from tests.model.driver import Driver, ModelTab
 from tests.model.history import Message, Violation
 from tests.model.verdict import complaints
 from tests.support.brokers import frozen, kill_node, node_pid, start_application, stop_application
@@ -33,7 +33,7 @@ _LARGE = 20_000
 class World(Driver):
     """The steps of one example, and its end."""
 
-    def connect(self, user: str, relay: str, *, v1: bool, at_once: bool = False, resume: bool = False) -> Tab:
+    def connect(self, user: str, relay: str, *, v1: bool, at_once: bool = False, resume: bool = False) -> ModelTab:
         """Open a socket; not `at_once`: when the broker knows that those which ended before are gone."""
         self.calm(relay)
         former = next((tab for tab in self.abandoned if tab.session.user == user and tab.token), None)
@@ -45,8 +45,8 @@ class World(Driver):
         protocols = ["imrelay.v1"] if v1 else []
         if resumed is not None:
             protocols.append(f"imrelay.resume.{resumed.token}")
-        client = Client(self.fleet.get(relay).port, user, protocols)
-        tab = Tab(self.history.open(user, relay, v1=v1), client)
+        client = ModelClient(self.fleet.get(relay).port, user, protocols)
+        tab = ModelTab(self.history.open(user, relay, v1=v1), client)
         self.tell(
             f"{tab.session.name} connects to {relay}" + (", v1" if v1 else "") + (", resumes" if resumed else "")
         )
@@ -62,7 +62,7 @@ class World(Driver):
 
     def send(
         self,
-        tab: Tab,
+        tab: ModelTab,
         to: str,
         count: int = 1,
         *,
@@ -101,7 +101,7 @@ class World(Driver):
         self.pump()
         return messages
 
-    def send_again(self, tab: Tab) -> None:
+    def send_again(self, tab: ModelTab) -> None:
         """Send once more, in the same session, what was answered `uncertain`."""
         for message in self.history.messages:
             if message.sender is not tab.session or len(message.answers) != message.attempts:
@@ -113,7 +113,7 @@ class World(Driver):
                 tab.client.send(self._payloads[message], binary=message.binary)
                 return
 
-    def send_garbage(self, tab: Tab, kind: int) -> None:
+    def send_garbage(self, tab: ModelTab, kind: int) -> None:
         """Send what is no message."""
         tab.session.bad_inputs += 1
         self.tell(f"{tab.session.name} sends {_GARBAGE[kind].decode()}")
@@ -165,7 +165,7 @@ class World(Driver):
         self.history.lose_inbox(user)
         return True
 
-    def take(self, tab: Tab, share: float = 1.0) -> None:
+    def take(self, tab: ModelTab, share: float = 1.0) -> None:
         """Acknowledge so much of what a v1 socket got, and wait until the relay has processed it."""
         self.calm(tab.session.relay)
         tab.is_slow = False
@@ -176,18 +176,18 @@ class World(Driver):
         self.wait(lambda: tab.pongs == tab.pings or tab.client.is_over, f"a pong for {tab.session.name}")
         self.history.ack(tab.session, seq)
 
-    def _ack(self, tab: Tab, seq: int) -> None:
+    def _ack(self, tab: ModelTab, seq: int) -> None:
         tab.acked = seq
         tab.pings += 1
         tab.client.send(b'{"ack":%d}' % seq)
         tab.client.send(b'{"ping":%d}' % seq)
 
-    def slow(self, tab: Tab) -> None:
+    def slow(self, tab: ModelTab) -> None:
         """Read no more, until something needs it."""
         self.tell(f"{tab.session.name} does not read")
         tab.is_slow = True
 
-    def close(self, tab: Tab, how: str) -> None:
+    def close(self, tab: ModelTab, how: str) -> None:
         """End a socket: `clean`, with a `reset`, or `abandon` it half-open."""
         self.tell(f"{tab.session.name} ends: {how}")
         if how == "reset":
@@ -200,7 +200,7 @@ class World(Driver):
         else:
             self._close_cleanly([tab])
 
-    def _close_cleanly(self, tabs: list[Tab]) -> None:
+    def _close_cleanly(self, tabs: list[ModelTab]) -> None:
         for tab in tabs:
             self.wake(tab.session.relay)
             tab.is_slow, tab.is_ending = False, True
@@ -396,7 +396,7 @@ class World(Driver):
                 f"{', '.join(self.outside.peek(user)) if left else 'empty'}"
             ) from None
 
-    def _empty(self, heir: Tab) -> None:
+    def _empty(self, heir: ModelTab) -> None:
         """Read an inbox to its end, which is where a message to oneself stands; while it is full, try again."""
         while True:
             (mark,) = self.send(heir, heir.session.user, wait=False)

@@ -76,7 +76,7 @@ class Authority:
 
 
 @dataclass(frozen=True)
-class Tls:
+class TlsSetup:
     """What the tests need of the set-up: URLs, and the authority that the broker's certificate is of."""
 
     authority: Authority
@@ -87,7 +87,7 @@ class Tls:
 
 
 @pytest.fixture(scope="module")
-def tls(broker: VirtualHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tls]:
+def tls(broker: VirtualHost, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TlsSetup]:
     """Two TLS listeners on the node of the run, for as long as the module needs them."""
     authority = Authority(tmp_path_factory.mktemp("tls") / "authority")
     certificate, key = authority.issue("broker")
@@ -101,7 +101,7 @@ def tls(broker: VirtualHost, tmp_path_factory: pytest.TempPathFactory) -> Iterat
                 f"rabbit_networking:start_ssl_listener({{{{127,0,0,1}}, {port}, inet}}, [{files}, {options}], 4)"
             )
             ports.append(port)
-        yield Tls(authority, *(_amqps(broker.url, port) for port in ports))
+        yield TlsSetup(authority, *(_amqps(broker.url, port) for port in ports))
     finally:
         for port in ports:
             broker.evaluate(f"rabbit_networking:stop_tcp_listener({{{{127, 0, 0, 1}}, {port}, inet}}), ok")
@@ -129,7 +129,7 @@ def test_the_certificates_of_the_tests_hold_under_strict_verification(tmp_path: 
     authority.verify_strictly(certificate)
 
 
-def test_traffic_goes_over_a_verified_connection(tls: Tls, relay: RelayFactory) -> None:
+def test_traffic_goes_over_a_verified_connection(tls: TlsSetup, relay: RelayFactory) -> None:
     """With the broker's authority in tls_ca_file, messages go over TLS."""
     host = relay(broker_url=tls.url, broker_tls_ca_file=tls.authority.certificate)
     with Traffic([host], {"ann": ["bob"], "bob": []}) as traffic:
@@ -137,19 +137,19 @@ def test_traffic_goes_over_a_verified_connection(tls: Tls, relay: RelayFactory) 
     traffic.verdict()
 
 
-def test_an_unknown_authority_is_refused_by_default(tls: Tls, relay: RelayFactory) -> None:
+def test_an_unknown_authority_is_refused_by_default(tls: TlsSetup, relay: RelayFactory) -> None:
     """Without tls_ca_file only the authorities that the system trusts count."""
     assert_refused(relay(broker_url=tls.url), "certificate verify failed")
 
 
-def test_another_authority_is_refused(tls: Tls, relay: RelayFactory, tmp_path: Path) -> None:
+def test_another_authority_is_refused(tls: TlsSetup, relay: RelayFactory, tmp_path: Path) -> None:
     """A certificate of an authority other than that of tls_ca_file is refused."""
     another = Authority(tmp_path / "another")
     host = relay(broker_url=tls.url, broker_tls_ca_file=another.certificate)
     assert_refused(host, "certificate verify failed")
 
 
-def test_a_certificate_for_another_host_is_refused(tls: Tls, relay: RelayFactory) -> None:
+def test_a_certificate_for_another_host_is_refused(tls: TlsSetup, relay: RelayFactory) -> None:
     """The certificate has to be for the host that the URL names."""
     port = urlsplit(tls.url).port or 0
     host = relay(broker_url=_amqps(tls.url, port, host="localhost"), broker_tls_ca_file=tls.authority.certificate)
@@ -157,7 +157,9 @@ def test_a_certificate_for_another_host_is_refused(tls: Tls, relay: RelayFactory
 
 
 @pytest.mark.parametrize("in_one_file", [False, True])
-def test_a_client_certificate_is_shown(tls: Tls, relay: RelayFactory, tmp_path: Path, in_one_file: bool) -> None:
+def test_a_client_certificate_is_shown(
+    tls: TlsSetup, relay: RelayFactory, tmp_path: Path, in_one_file: bool
+) -> None:
     """A broker that demands a certificate gets the one of tls_cert_file, its key there or in tls_key_file."""
     certificate, key = tls.authority.issue(f"relay{in_one_file}")
     settings = {"broker_tls_cert_file": certificate, "broker_tls_key_file": key}
@@ -171,7 +173,7 @@ def test_a_client_certificate_is_shown(tls: Tls, relay: RelayFactory, tmp_path: 
     traffic.verdict()
 
 
-def test_a_broker_that_demands_a_certificate_refuses_who_has_none(tls: Tls, relay: RelayFactory) -> None:
+def test_a_broker_that_demands_a_certificate_refuses_who_has_none(tls: TlsSetup, relay: RelayFactory) -> None:
     """Without tls_cert_file such a broker is not reached, and the relay says so."""
     host = relay(broker_url=tls.strict_url, broker_tls_ca_file=tls.authority.certificate)
     assert_refused(host, "certificate")
@@ -196,7 +198,7 @@ def test_a_missing_file_is_one_clear_line(broker_url: str, relay: RelayFactory, 
     assert "No such file" in line
 
 
-def test_the_next_amqps_url_is_tried(tls: Tls, relay: RelayFactory) -> None:
+def test_the_next_amqps_url_is_tried(tls: TlsSetup, relay: RelayFactory) -> None:
     """Of several amqps URLs the second is used when the first refuses."""
     ca = tls.authority.certificate
     host = relay(broker_url=f"{tls.strict_url} {tls.url}", broker_tls_ca_file=ca)

@@ -24,13 +24,13 @@ from tests.support.gate import Gate
 from tests.support.harness import VirtualHost, eventually
 from tests.support.tap import Method
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 OPEN_OK, CHANNEL_CLOSE, CONSUME_OK, DECLARE_OK = (20, 11), (20, 40), (60, 21), (50, 11)
 _numbers = itertools.count(1)
 
 
-class Socket:
+class MailboxSocket:
     """A user's mailbox and consumer."""
 
     def __init__(self, pool: ConsumerPool, user: str) -> None:
@@ -88,7 +88,7 @@ def test_a_socket_that_closes_while_it_is_attached_leaves_nothing(
     pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, others: int, method: Method, number: int
 ) -> None:
     """It closes while an answer to its subscription is under way, and takes nothing from its user's others."""
-    first = Socket(pool, user)
+    first = MailboxSocket(pool, user)
     first.wait_attached()
     sockets = [first] * others
     if not others:
@@ -103,7 +103,7 @@ def test_a_socket_that_closes_while_it_is_attached_leaves_nothing(
 
     eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
     gate.hold(method, number)
-    hasty = Socket(pool, user)
+    hasty = MailboxSocket(pool, user)
     assert gate.wait_held(PATIENCE)
     assert not hasty.consumer.is_attached
     hasty.consumer.close()
@@ -111,7 +111,7 @@ def test_a_socket_that_closes_while_it_is_attached_leaves_nothing(
     eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
     assert not hasty.consumer.is_attached
 
-    sockets.append(Socket(pool, user))
+    sockets.append(MailboxSocket(pool, user))
     sockets[-1].wait_attached()
     eventually(is_all_that_is_there, PATIENCE, sleep=gevent.sleep)
     with amqp(broker.url) as channel:
@@ -134,11 +134,11 @@ def test_a_socket_that_closes_before_its_inbox_is_taken_as_it_stands_captures_no
     with amqp(broker.url) as channel:
         channel.queue_declare(f"inbox.{user}", durable=True, arguments={"x-single-active-consumer": True})
         gate.hold(method)
-        hasty = Socket(pool, user)
+        hasty = MailboxSocket(pool, user)
         assert gate.wait_held(PATIENCE)
         hasty.consumer.close()
         gate.let_pass()
-        next_one = Socket(pool, user)
+        next_one = MailboxSocket(pool, user)
         next_one.wait_attached()
         channel.basic_publish("direct_message", user, b"there", mandatory=True)
         assert set(next_one.bodies()) == {b"there"}  # from its live queue, and from the inbox
@@ -153,7 +153,7 @@ def test_a_broker_that_does_not_answer_is_asked_again(
     """A declare that hangs while the connection lives ends that attempt and does not confuse the next."""
     monkeypatch.setattr(channel_module, "ANSWER_TIMEOUT", 0.2)
     gate.hold(DECLARE_OK, 2)
-    socket = Socket(pool, user)
+    socket = MailboxSocket(pool, user)
     assert gate.wait_held(PATIENCE)
     eventually(lambda: socket.consumer.failures, PATIENCE, sleep=gevent.sleep)
     assert not socket.consumer.is_attached
@@ -171,7 +171,7 @@ def test_a_promotion_that_is_not_answered_is_begun_anew(
     pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody says whether the live queue is empty: the consumer attaches again, and nothing is lost."""
-    first, second = Socket(pool, user), Socket(pool, user)
+    first, second = MailboxSocket(pool, user), MailboxSocket(pool, user)
     first.wait_attached()
     second.wait_attached()
     with amqp(broker.url) as channel:
@@ -196,7 +196,7 @@ def test_a_socket_that_closes_during_its_promotion_gives_back_what_it_has_not_ta
     pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, takes: bool
 ) -> None:
     """What it has taken from its live queue does not come again to the next socket; all else does."""
-    first, second = Socket(pool, user), Socket(pool, user)
+    first, second = MailboxSocket(pool, user), MailboxSocket(pool, user)
     first.wait_attached()
     second.wait_attached()
     own = pika.BasicProperties(app_id="imrelay", message_id="0" * 26, type="text")
@@ -213,7 +213,7 @@ def test_a_socket_that_closes_during_its_promotion_gives_back_what_it_has_not_ta
         second.consumer.close()
         gate.let_pass()
         assert second.consumer.wait_detached(PATIENCE)  # else the third would get what is new first
-        third = Socket(pool, user)
+        third = MailboxSocket(pool, user)
         third.wait_attached()
         channel.basic_publish("direct_message", user, b"two", mandatory=True)
         bodies: list[bytes] = []
@@ -227,11 +227,11 @@ def test_each_state_of_a_consumer_is_logged(
     pool: ConsumerPool, broker: VirtualHost, user: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The second socket of a user stands by, is promoted when the first closes, and is closed for good."""
-    first = Socket(pool, user)
+    first = MailboxSocket(pool, user)
     first.wait_attached()
     assert first.consumer.state is ConsumerState.ACTIVE
     with caplog.at_level(logging.DEBUG, logger="imrelay.broker.subscription"):
-        second = Socket(pool, user)
+        second = MailboxSocket(pool, user)
         second.wait_attached()
         assert second.consumer.state is ConsumerState.STANDING_BY
         first.consumer.close()
@@ -254,7 +254,7 @@ def test_a_socket_is_detached_when_its_inbox_has_back_what_it_had_not_taken(
     queue = f"inbox.{user}"
     with amqp(broker.url) as channel:
         for number in range(20):
-            socket = Socket(pool, user)
+            socket = MailboxSocket(pool, user)
             socket.wait_attached()
             if not number:
                 for body in (b"one", b"two", b"three"):
@@ -271,7 +271,7 @@ def test_a_socket_is_detached_when_its_inbox_has_back_what_it_had_not_taken(
 @pytest.mark.parametrize("queue_type", ["quorum"])
 def test_another_socket_is_not_waited_for(pool: ConsumerPool, user: str) -> None:
     """It has been promoted: then nobody can tell whether the inbox has back what the first had not taken."""
-    first, second = Socket(pool, user), Socket(pool, user)
+    first, second = MailboxSocket(pool, user), MailboxSocket(pool, user)
     first.wait_attached()
     second.wait_attached()
     first.consumer.close()

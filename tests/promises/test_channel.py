@@ -17,7 +17,7 @@ from tests.support.gate import Gate
 from tests.support.harness import eventually
 from tests.support.tap import Method
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 EXCHANGE = "late"
 RETURN, ACK, NACK = (60, 50), (60, 80), (60, 120)

@@ -15,7 +15,7 @@ from imrelay.server import Relay
 from imrelay.settings.reading import load
 from tests.support.harness import eventually
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 
@@ -80,7 +80,7 @@ def test_who_fails_to_take_a_state_does_not_disturb_the_connection(broker_url: s
 
 
 def test_a_fault_while_it_is_open_leaves_no_second_connection(
-    broker_url: str, broker_ctl: object, monkeypatch: pytest.MonkeyPatch
+    broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The keeper fails at the end of a connection, opens another one, and closes with nothing left."""
     failed = Event()

@@ -30,7 +30,7 @@ def user() -> str:
     return f"recipient-{next(_numbers)}"
 
 
-class Stream:
+class NumberSender:
     """A browser that sends ascending numbers until it is told to end, and then `LAST`."""
 
     def __init__(self, host: RelayProcess, to: str) -> None:
@@ -80,7 +80,7 @@ def test_each_socket_of_a_user_gets_each_message_once(relay: RelayFactory, user:
         wait_until_ready(host)
     sockets = [Browser(hosts[number % 2], user) for number in range(3)]
     readers = [in_background(socket.contents_until, LAST) for socket in sockets]
-    stream = Stream(hosts[1], user)
+    stream = NumberSender(hosts[1], user)
     stream.go_on_for(2000)
     sent = stream.end()
     for reader in readers:
@@ -145,7 +145,7 @@ def test_the_end_of_the_active_socket_is_not_seen_by_the_others(
     active = Browser(first_host, user)
     others = [Browser(host, user) for _ in range(2)]
     readers = [in_background(socket.contents_until, LAST) for socket in others]
-    stream = Stream(host, user)
+    stream = NumberSender(host, user)
     reading = in_background(active.contents_until, 500)
     assert reading.result(30) == list(range(501))
     end(active, first_host)
@@ -166,7 +166,7 @@ def test_one_socket_after_the_other_may_go(relay: RelayFactory, user: str, broke
     wait_until_ready(host)
     sockets = [Browser(host, user) for _ in range(5)]
     last = in_background(sockets[-1].contents_until, LAST)
-    stream = Stream(host, user)
+    stream = NumberSender(host, user)
     for socket in sockets[:-1]:
         reader = in_background(socket.contents_until, LAST)
         stream.go_on_for(300)

@@ -3,58 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from websocket import WebSocket, create_connection
 
-from tests.support.harness import eventually, plain_environment
+from tests.support.counted import FrameCountingRelay
 
 #: Messages that a test relays, and how many of them are under way at once.
 MESSAGES, WINDOW = 2_000, 64
 
 
-class CountedRelay:
-    """A relay of `counted_frames`."""
-
-    def __init__(self, directory: Path, url: str) -> None:
-        self.log_path = directory / "relay.log"
-        arguments = ["serve", f"--broker-url={url}", "--server-port=0", "--broker-persistent=no"]
-        with self.log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.counted_frames", *arguments],
-                cwd=Path(__file__).parents[2],
-                env=plain_environment(),
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
-        line = eventually(lambda: [row for row in self._log() if "listening on http://" in row])[0]
-        self.url = "ws" + line.rpartition("http")[2]
-
-    def _log(self) -> list[str]:
-        return self.log_path.read_text().splitlines()
-
-    def connect(self, user: str) -> WebSocket:
-        """Open a socket of a user."""
-        return create_connection(f"{self.url}/{user}", timeout=30)
-
-    def stop(self) -> dict[str, int]:
-        """Stop it, and return what it has counted."""
-        self._process.terminate()
-        output, _ = self._process.communicate(timeout=30)
-        counts: dict[str, int] = json.loads(output.splitlines()[-1])
-        return counts
-
-
 @pytest.fixture
-def counted(broker_url: str, tmp_path: Path) -> CountedRelay:
+def counted(broker_url: str, tmp_path: Path) -> FrameCountingRelay:
     """A relay that counts."""
-    return CountedRelay(tmp_path, broker_url)
+    return FrameCountingRelay(tmp_path, broker_url)
 
 
-def converse(relay: CountedRelay, window: int, kind: str = "text") -> None:
+def converse(relay: FrameCountingRelay, window: int, kind: str = "text") -> None:
     """Have one user send to another, with so many messages under way at once."""
     receiver, sender = relay.connect("ben"), relay.connect("anna")
     body = json.dumps({"to": {"id": "ben"}, "content": "x" * 60})
@@ -70,13 +35,13 @@ def converse(relay: CountedRelay, window: int, kind: str = "text") -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "binary"])
-def test_no_message_goes_through_the_long_way(counted: CountedRelay, kind: str) -> None:
+def test_no_message_goes_through_the_long_way(counted: FrameCountingRelay, kind: str) -> None:
     """pika decodes what opens and closes a connection or a channel, and no frame of any message."""
     converse(counted, WINDOW, kind)
     assert counted.stop()["decoded by pika"] < 100
 
 
-def test_messages_under_way_share_reads_and_writes(counted: CountedRelay) -> None:
+def test_messages_under_way_share_reads_and_writes(counted: FrameCountingRelay) -> None:
     """With 64 messages under way there are at most two reads and writes a message; one by one it is six."""
     converse(counted, WINDOW)
     counts = counted.stop()
@@ -84,7 +49,7 @@ def test_messages_under_way_share_reads_and_writes(counted: CountedRelay) -> Non
     assert sum(counts.values()) < 2 * MESSAGES, counts
 
 
-def test_a_single_message_costs_no_more_than_it_must(counted: CountedRelay) -> None:
+def test_a_single_message_costs_no_more_than_it_must(counted: FrameCountingRelay) -> None:
     """One message under way takes a read and a write on its way in and on its way out, and little beside them.
 
     What nobody waits for shares its reads and writes: the confirm of one without an id, and the acknowledgement.

@@ -17,7 +17,7 @@ from imrelay.sessions.services import Services
 from tests.conftest import RelayFactory
 from tests.support.browser import Browser, wait_until_ready
 from tests.support.harness import RelayProcess, eventually, plain_environment
-from tests.support.websocket_peer import PATIENCE, Answer, Peer, handshake
+from tests.support.websocket_peer import PATIENCE, HttpAnswer, Peer, handshake
 
 _numbers = count(1)
 
@@ -51,19 +51,19 @@ def somebody() -> Iterator[str]:
     return (f"visitor-{number}" for number in _numbers)
 
 
-def ask(host: RelayProcess, request: bytes) -> Answer:
+def ask(host: RelayProcess, request: bytes) -> HttpAnswer:
     """Send a request as it is, and return the answer."""
     with Peer(Address(host.port)) as peer:  # type: ignore[arg-type]
         peer.send(request)
         return peer.read_answer()
 
 
-def get(host: RelayProcess, path: str, *, method: str = "GET") -> Answer:
+def get(host: RelayProcess, path: str, *, method: str = "GET") -> HttpAnswer:
     """Send a plain request for a path, which goes out as it stands."""
     return ask(host, f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode("latin-1"))
 
 
-def error_in(answer: Answer) -> dict[str, str]:
+def error_in(answer: HttpAnswer) -> dict[str, str]:
     """Return the error of a refusal, whose body has exactly the form of the protocol."""
     assert answer.headers["content-type"] == "application/json"
     body: dict[str, Any] = json.loads(answer.body)
@@ -94,7 +94,7 @@ def test_health(host: RelayProcess) -> None:
     """/healthz is 200 while the process turns, /readyz once it can accept messages."""
     assert get(host, "/healthz").status == 200
 
-    def ready() -> Answer | None:
+    def ready() -> HttpAnswer | None:
         answer = get(host, "/readyz")
         return answer if answer.status == 200 else None
 

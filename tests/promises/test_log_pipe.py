@@ -20,7 +20,7 @@ from tests.support.brokers import amqp
 from tests.support.browser import Browser, wait_until_ready
 from tests.support.harness import plain_environment
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 60.0
 #: Sockets that come and go while nobody reads the log; each makes a few lines at the level debug.
 SESSIONS = 200

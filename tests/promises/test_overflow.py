@@ -28,7 +28,7 @@ from tests.support.browser import Browser, wait_until_ready
 from tests.support.harness import VirtualHost, eventually
 from tests.support.proxy import Proxy
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 BUDGET = 200_000
 #: Size of a message, in bytes.

@@ -20,7 +20,7 @@ from imrelay.settings.values import InboxConfig
 from tests.support.gate import Gate
 from tests.support.harness import VirtualHost, eventually
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 

@@ -21,10 +21,10 @@ from pika.connection import Connection as PikaConnection
 import imrelay
 from imrelay.broker.adapter import Adapter
 from imrelay.broker.connection import Connection
-from tests.support.fake_broker import FakeBroker, FakeConnection
+from tests.support.fake_broker import BrokerSide, FakeBroker
 from tests.support.harness import eventually
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 #: What pika calls: its parameters beside self -> what breaks where pika calls it by another name.
@@ -171,7 +171,7 @@ def test_each_is_used_in_the_life_of_a_connection(broker_url: str, monkeypatch: 
 def adapter() -> Iterator[Adapter]:
     """An adapter that is open, to a broker that says nothing more."""
 
-    def wait(peer: FakeConnection) -> None:
+    def wait(peer: BrokerSide) -> None:
         peer.open()
         peer.read_frame()
 

@@ -23,7 +23,7 @@ from tests.support.browser import Browser, wait_until_ready
 from tests.support.harness import RelayProcess, VirtualHost, eventually, plain_environment
 from tests.support.proxy import Proxy
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 SESSION = "01M86BASS104VVZHPGE9D087FJ"
 

@@ -40,7 +40,7 @@ esac
 """
 
 
-class Machine:
+class FakeMachine:
     """A checkout and a PATH."""
 
     def __init__(self, directory: Path) -> None:
@@ -133,8 +133,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Machine:
-    return Machine(tmp_path)
+def machine(tmp_path: Path) -> FakeMachine:
+    return FakeMachine(tmp_path)
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -148,7 +148,7 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], *parts: str) -
         assert re.match(r"scripts/(start|test): ", line), f"not in the scripts' own words: {line}"
 
 
-def test_a_python_that_is_too_old_is_named(machine: Machine) -> None:
+def test_a_python_that_is_too_old_is_named(machine: FakeMachine) -> None:
     """The sentence has the version that is there and the one that is needed; nothing is made."""
     machine.program("python3", 'case "$*" in *print*) echo 3.9.2 ;; *) exit 1 ;; esac')
     before = machine.contents()
@@ -158,14 +158,14 @@ def test_a_python_that_is_too_old_is_named(machine: Machine) -> None:
     assert machine.contents() == before
 
 
-def test_a_newer_python_beside_an_old_one_is_taken(machine: Machine) -> None:
+def test_a_newer_python_beside_an_old_one_is_taken(machine: FakeMachine) -> None:
     """Where python3 is too old but python3.11 is there, that one is used."""
     machine.program("python3", "exit 1")
     machine.program("python3.11", FAKE_PYTHON)
     assert "making" in machine.run("scripts/start").stderr
 
 
-def test_the_first_run_installs_and_the_next_does_not(machine: Machine) -> None:
+def test_the_first_run_installs_and_the_next_does_not(machine: FakeMachine) -> None:
     """One .venv serves both scripts: the packages for the tests are added to it, and nothing is done twice."""
     machine.program("python3", FAKE_PYTHON)
     for _ in range(2):
@@ -178,12 +178,12 @@ def test_the_first_run_installs_and_the_next_does_not(machine: Machine) -> None:
         assert [call.split(" -e ")[1] for call in machine.calls] == [".", ".[test]"]
 
 
-def test_no_python_at_all(machine: Machine) -> None:
+def test_no_python_at_all(machine: FakeMachine) -> None:
     """The sentence says how to get one."""
     assert_one_sentence(machine.run("scripts/test"), "apt-get install python3")
 
 
-def test_nothing_to_install_with(machine: Machine) -> None:
+def test_nothing_to_install_with(machine: FakeMachine) -> None:
     """Not root and no sudo: one sentence with the command that an administrator can run; nothing is made."""
     machine.has(rabbitmq=False, browser=True)
     machine.program("python3", FAKE_PYTHON)
@@ -200,14 +200,14 @@ def test_nothing_to_install_with(machine: Machine) -> None:
     assert machine.calls == []
 
 
-def test_another_system_without_apt(machine: Machine) -> None:
+def test_another_system_without_apt(machine: FakeMachine) -> None:
     """No apt-get: the sentence names what is missing, under the name that Debian gives it."""
     machine.has(rabbitmq=False, browser=True)
     machine.program("python3", FAKE_PYTHON)
     assert_one_sentence(machine.run("scripts/start"), "RabbitMQ", "no apt-get", "rabbitmq-server")
 
 
-def test_no_rabbitmq_is_installed_for_a_given_url(machine: Machine) -> None:
+def test_no_rabbitmq_is_installed_for_a_given_url(machine: FakeMachine) -> None:
     """With an AMQP URL in the settings, the environment or the options there is nothing to install."""
     machine.has(rabbitmq=False, browser=True)
     (machine.set_up() / "imrelay").symlink_to("/bin/true")
@@ -220,7 +220,7 @@ def test_no_rabbitmq_is_installed_for_a_given_url(machine: Machine) -> None:
     assert_one_sentence(machine.run("scripts/start"), "RabbitMQ")
 
 
-def test_apt_that_fails_is_quoted(machine: Machine) -> None:
+def test_apt_that_fails_is_quoted(machine: FakeMachine) -> None:
     """No network: the sentence has apt's own reason; neither a .venv nor the held services are left behind."""
     machine.has(rabbitmq=False, browser=True)
     machine.program("python3", FAKE_PYTHON)
@@ -235,7 +235,7 @@ def test_apt_that_fails_is_quoted(machine: Machine) -> None:
     assert not machine.policy.exists()
 
 
-def test_installing_starts_no_system_rabbitmq(machine: Machine) -> None:
+def test_installing_starts_no_system_rabbitmq(machine: FakeMachine) -> None:
     """While apt runs, RabbitMQ's service may not start and others may; later it is off, and all may again."""
     machine.has(rabbitmq=False, browser=True)
     machine.program("python3", FAKE_PYTHON)
@@ -262,7 +262,7 @@ def test_installing_starts_no_system_rabbitmq(machine: Machine) -> None:
     assert not machine.policy.exists()
 
 
-def test_services_that_were_enabled_before_stay_so(machine: Machine) -> None:
+def test_services_that_were_enabled_before_stay_so(machine: FakeMachine) -> None:
     """Another package may have Erlang's port mapper started at boot: only what came with ours is disabled."""
     machine.has(rabbitmq=False, browser=True)
     machine.program("python3", FAKE_PYTHON)
@@ -276,7 +276,7 @@ def test_services_that_were_enabled_before_stay_so(machine: Machine) -> None:
     assert disabled == [f"systemctl --quiet disable {unit}.service" for unit in ("rabbitmq-server", "epmd")]
 
 
-def test_a_policy_of_the_administrator_stays(machine: Machine) -> None:
+def test_a_policy_of_the_administrator_stays(machine: FakeMachine) -> None:
     """Where the machine has a policy for services already, it is neither replaced nor removed."""
     machine.has(rabbitmq=False, browser=True)
     machine.program("python3", FAKE_PYTHON)
@@ -287,7 +287,7 @@ def test_a_policy_of_the_administrator_stays(machine: Machine) -> None:
     assert machine.policy.read_text() == "#!/bin/sh\nexit 101\n"
 
 
-def test_tests_go_on_without_a_browser(machine: Machine) -> None:
+def test_tests_go_on_without_a_browser(machine: FakeMachine) -> None:
     """A browser that cannot be installed costs the test of the page and one line, not the others."""
     machine.has(rabbitmq=True, browser=False)
     machine.program("id", "echo 1000")
@@ -297,7 +297,7 @@ def test_tests_go_on_without_a_browser(machine: Machine) -> None:
     assert "the test of the page will be skipped" in result.stderr
 
 
-def test_no_network_leaves_no_half_environment(machine: Machine) -> None:
+def test_no_network_leaves_no_half_environment(machine: FakeMachine) -> None:
     """A real .venv whose packages cannot be had is removed again; the sentence has pip's reason."""
     python = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info[1]}"
     (machine.bin / "python3").symlink_to(python if python.exists() else sys.executable)
@@ -307,7 +307,7 @@ def test_no_network_leaves_no_half_environment(machine: Machine) -> None:
     assert machine.contents() == before
 
 
-def test_an_interrupt_leaves_no_half_environment(machine: Machine) -> None:
+def test_an_interrupt_leaves_no_half_environment(machine: FakeMachine) -> None:
     """Ctrl-C while .venv is being made removes what is there of it."""
     machine.program("python3", FAKE_PYTHON.replace('"-m venv "*)', '"-m venv "*) mkdir "$3"; sleep 30;'))
     run = subprocess.Popen(
@@ -329,7 +329,7 @@ def test_an_interrupt_leaves_no_half_environment(machine: Machine) -> None:
             run.communicate()
 
 
-def test_a_failed_renewal_keeps_the_environment_that_works(machine: Machine) -> None:
+def test_a_failed_renewal_keeps_the_environment_that_works(machine: FakeMachine) -> None:
     """When packages for a changed setup.cfg cannot be had, the .venv stays and the next run tries again."""
     folder = machine.set_up()
     (folder / "imrelay").symlink_to("/bin/true")
@@ -344,7 +344,7 @@ def test_a_failed_renewal_keeps_the_environment_that_works(machine: Machine) -> 
     assert len(machine.calls) == 2
 
 
-def test_a_second_run_does_nothing_again(machine: Machine) -> None:
+def test_a_second_run_does_nothing_again(machine: FakeMachine) -> None:
     """With everything there it goes straight to `imrelay serve`, with the options as given, within 2 seconds."""
     folder = machine.set_up()
     (folder / "imrelay").write_text('#!/bin/sh\necho "$PWD"\nprintf "<%s>" "$@"\nexit 7\n')
@@ -360,7 +360,7 @@ def test_a_second_run_does_nothing_again(machine: Machine) -> None:
     assert machine.calls == []
 
 
-def test_a_port_that_is_taken_is_named(machine: Machine) -> None:
+def test_a_port_that_is_taken_is_named(machine: FakeMachine) -> None:
     """`scripts/start` then ends with status 1 and one line that has the port, before it starts a RabbitMQ."""
     folder = machine.set_up()
     (folder / "imrelay").write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m imrelay "$@"\n')
@@ -375,7 +375,7 @@ def test_a_port_that_is_taken_is_named(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("broken", ["", "ruff", "mypy", "pytest"])
-def test_the_status_of_the_tests_is_that_of_all_checks(machine: Machine, broken: str) -> None:
+def test_the_status_of_the_tests_is_that_of_all_checks(machine: FakeMachine, broken: str) -> None:
     """Each of ruff, mypy and pytest runs, whatever the others found; any of them fails the whole."""
     folder = machine.set_up("test")
     (folder / "python").write_text(
@@ -390,7 +390,7 @@ def test_the_status_of_the_tests_is_that_of_all_checks(machine: Machine, broken:
     assert (result.returncode != 0) == bool(broken)
 
 
-def test_continuous_integration_runs_the_tests(machine: Machine) -> None:
+def test_continuous_integration_runs_the_tests(machine: FakeMachine) -> None:
     """`bash .ci/run` from the checkout is `scripts/test`."""
     folder = machine.set_up("test")
     (folder / "python").write_text(f'#!/bin/sh\ncase "$2" in pytest) echo ran; exit 5 ;; esac\n{FAKE_PYTHON}')

@@ -27,7 +27,7 @@ from tests.support.brokers import resident_kib
 from tests.support.browser import Browser
 from tests.support.harness import eventually
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 MESSAGE = b'{"to":{"id":"ben"}}'
 PING = json.dumps({"ping": "x" * 60_000}).encode()

@@ -19,7 +19,7 @@ from tests.support.brokers import amqp, publish_first
 from tests.support.browser import Browser, wait_until_ready
 from tests.support.harness import VirtualHost, eventually
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 #: How often two sockets come at the same moment.
 ROUNDS = 12
@@ -58,7 +58,7 @@ def relays(broker: VirtualHost, request: pytest.FixtureRequest) -> Iterator[list
     yield from pools(broker.url, InboxConfig(queue_type=request.param))
 
 
-class Tab:
+class AckingMailbox:
     """A mailbox whose deliveries are acknowledged as they come, and their bodies noted."""
 
     def __init__(self, pool: ConsumerPool, user: str) -> None:
@@ -96,7 +96,7 @@ def test_two_tabs_that_come_at_the_same_moment_both_hear(
             if made_as:
                 arguments = {"x-queue-type": made_as, "x-single-active-consumer": True}
                 channel.queue_declare(f"inbox.{user}", durable=True, arguments=arguments)
-            tabs = [Tab(pool, user) for pool in relays]
+            tabs = [AckingMailbox(pool, user) for pool in relays]
             for tab in tabs:
                 assert tab.consumer.wait_attached(PATIENCE)
             for body in (b"one", b"two"):
@@ -123,7 +123,7 @@ def test_a_tab_that_closes_during_its_promotion_takes_nothing_along(
     with amqp(broker.url) as channel:
         tabs = []
         for pool in (relays[0], relays[1], relays[0]):
-            tabs.append(Tab(pool, user))
+            tabs.append(AckingMailbox(pool, user))
             assert tabs[-1].consumer.wait_attached(PATIENCE)
         channel.basic_publish("direct_message", user, b"one", mandatory=True)
         eventually(lambda: all(tab.bodies == [b"one"] for tab in tabs), PATIENCE, sleep=gevent.sleep)
@@ -144,14 +144,14 @@ def test_who_comes_back_gets_what_waits_before_what_is_new(
     relays: list[ConsumerPool], broker: VirtualHost, user: str
 ) -> None:
     """A user who comes while messages are sent gets them all, in order and once, the waiting ones first."""
-    tab = Tab(relays[0], user)
+    tab = AckingMailbox(relays[0], user)
     assert tab.consumer.wait_attached(PATIENCE)
     tab.close()
     publish_first(broker.url, user, b"0", sleep=gevent.sleep)
     with amqp(broker.url) as channel:
         for number in range(1, 30):
             channel.basic_publish("direct_message", user, b"%d" % number, mandatory=True)
-        tab = Tab(relays[1], user)
+        tab = AckingMailbox(relays[1], user)
         for number in range(30, 60):
             channel.basic_publish("direct_message", user, b"%d" % number, mandatory=True)
             gevent.sleep(0)

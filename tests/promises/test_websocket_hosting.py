@@ -24,7 +24,7 @@ from tests.support.websocket_peer import (
     PONG,
     TEXT,
     Peer,
-    Server,
+    PeerServer,
     close_frame,
     frame,
     running_server,
@@ -215,7 +215,7 @@ def test_gunicorn(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
     )
-    hosted = Server(process, listener.getsockname()[1], "")
+    hosted = PeerServer(process, listener.getsockname()[1], "")
     try:
         assert hosted.get("/page") is True
         with Peer(hosted) as peer:
@@ -330,7 +330,7 @@ def test_a_stopped_server_says_1001():
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
-        with Peer(Server(process, int(process.stdout.readline()), "")) as peer:
+        with Peer(PeerServer(process, int(process.stdout.readline()), "")) as peer:
             peer.open()
             peer.send(frame(TEXT, b"stop"))
             assert peer.answer_close() == (1001, "going away")

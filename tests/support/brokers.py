@@ -139,10 +139,10 @@ class Cluster:
 
     def __init__(self, first: Node, folder: Path) -> None:
         self.first = first
-        self._members: list[_Member] = []
+        self._members: list[_ClusterNode] = []
         try:
             for number in (2, 3):
-                self._members.append(_Member(first, folder / f"node{number}"))
+                self._members.append(_ClusterNode(first, folder / f"node{number}"))
             running = "[N || N <- [node() | nodes()], rpc:call(N, rabbit, is_running, []) =:= true]"
             eventually(lambda: len(first.control.evaluate(running)) == 3, 90)
             eventually(lambda: all(member.accepts() for member in self._members), 30)
@@ -165,7 +165,7 @@ class Cluster:
             member.kill()
 
 
-class _Member:
+class _ClusterNode:
     def __init__(self, first: Node, folder: Path) -> None:
         (folder / "log").mkdir(parents=True)
         amqp_port, dist_port = free_ports(2)

@@ -21,13 +21,13 @@ from tests.support.harness import eventually
 
 __all__ = ["ULID", "Browser", "in_background", "wait_until_ready", "why_not_ready"]
 
-#: Guard against hanging, in seconds; no measure of speed. Shorter than `ping_interval`: each ping begins it anew.
+#: Seconds after which a wait fails; no measure of speed. Shorter than `ping_interval`: each ping begins it anew.
 PATIENCE = 20.0
 #: What a `mid` looks like.
 ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 
 
-class _Host(Protocol):
+class _Address(Protocol):
     @property
     def url(self) -> str: ...
 
@@ -37,7 +37,7 @@ class _Host(Protocol):
 class Browser:
     """One socket of one user; every wait is bounded by `PATIENCE`. `options` go to websocket-client."""
 
-    def __init__(self, host: _Host, user: str, **options: Any) -> None:
+    def __init__(self, host: _Address, user: str, **options: Any) -> None:
         self.user = user
         self.socket = websocket.create_connection(host.socket_url(user), timeout=PATIENCE, **options)
 
@@ -151,7 +151,7 @@ def in_background(function: Any, *arguments: Any) -> Future[Any]:
     return future
 
 
-def why_not_ready(host: _Host) -> str:
+def why_not_ready(host: _Address) -> str:
     """Return what /readyz says when the relay cannot accept messages; empty when it can."""
     try:
         with urllib.request.urlopen(f"{host.url}/readyz", timeout=PATIENCE):
@@ -163,6 +163,6 @@ def why_not_ready(host: _Host) -> str:
             return str(json.load(exc)["error"]["message"])
 
 
-def wait_until_ready(host: _Host) -> None:
+def wait_until_ready(host: _Address) -> None:
     """Wait until the relay has found its broker: it listens before that."""
     eventually(lambda: not why_not_ready(host), PATIENCE)

@@ -1,4 +1,4 @@
-"""A relay process that tells what is alive in it, while it runs and when it has stopped."""
+"""Relays that count: what is alive in the process, or the frames that pika decodes and the reads and writes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.support.harness import RelayProcess, plain_environment
+from websocket import WebSocket, create_connection
 
-__all__ = ["Census", "CountedRelay"]
+from tests.support.harness import RelayProcess, eventually, plain_environment
+
+__all__ = ["Census", "CountedRelay", "FrameCountingRelay"]
 
 #: Greenlets, our own objects, descriptors, threads and processes, each by name.
 Census = dict[str, dict[str, int]]
@@ -56,3 +58,35 @@ class CountedRelay(RelayProcess):
         """Kill it with -9, where it has not ended, and close what leads to it."""
         self.process.kill()
         self.process.communicate()
+
+
+class FrameCountingRelay:
+    """A relay that runs `counted_frames`: it counts frames that pika decodes, and its reads and writes."""
+
+    def __init__(self, directory: Path, url: str) -> None:
+        self.log_path = directory / "relay.log"
+        arguments = ["serve", f"--broker-url={url}", "--server-port=0", "--broker-persistent=no"]
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.counted_frames", *arguments],
+                cwd=Path(__file__).parents[2],
+                env=plain_environment(),
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        line = eventually(lambda: [row for row in self._log() if "listening on http://" in row])[0]
+        self.url = "ws" + line.rpartition("http")[2]
+
+    def _log(self) -> list[str]:
+        return self.log_path.read_text().splitlines()
+
+    def connect(self, user: str) -> WebSocket:
+        """Open a socket of a user."""
+        return create_connection(f"{self.url}/{user}", timeout=30)
+
+    def stop(self) -> dict[str, int]:
+        """Stop it, and return its counts."""
+        self._process.terminate()
+        output, _ = self._process.communicate(timeout=30)
+        counts: dict[str, int] = json.loads(output.splitlines()[-1])
+        return counts

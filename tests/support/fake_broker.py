@@ -11,13 +11,13 @@ from typing import Any
 
 from pika import frame, spec
 
-__all__ = ["FakeBroker", "FakeConnection"]
+__all__ = ["BrokerSide", "FakeBroker"]
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 _PATIENCE = 20.0
 
 
-class FakeConnection:
+class BrokerSide:
     """One connection to the fake broker, from its side; everything blocks."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -85,7 +85,7 @@ class FakeBroker:
     """
 
     def __init__(
-        self, script: Callable[[FakeConnection], None], *, tls: ssl.SSLContext | None = None, buffer: int = 0
+        self, script: Callable[[BrokerSide], None], *, tls: ssl.SSLContext | None = None, buffer: int = 0
     ) -> None:
         self._script = script
         self._tls = tls
@@ -131,7 +131,7 @@ class FakeBroker:
         try:
             if self._tls is not None:
                 sock = self._tls.wrap_socket(sock, server_side=True)
-            self._script(FakeConnection(sock))
+            self._script(BrokerSide(sock))
         except (OSError, AssertionError) as exc:
             if isinstance(exc, AssertionError):
                 self.failures.append(exc)

@@ -284,10 +284,6 @@ class VirtualHost:
         """Delete it with all that is in it; its connections are closed by the broker."""
         self.evaluate(f'rabbit_vhost:delete({self._vhost}, <<"tests">>), ok')
 
-    def ctl(self, *arguments: str) -> str:
-        """Run `rabbitmqctl` with `--vhost` of this one (2 s; `evaluate` and the lists are quick)."""
-        return self.node.control.run("--vhost", self.name, *arguments)
-
     def evaluate(self, expression: str) -> Any:
         """Evaluate Erlang on the node, as `BrokerControl.evaluate`."""
         return self.node.control.evaluate(expression)

@@ -16,9 +16,9 @@ from imrelay.errors import AnswerableError
 from imrelay.settings.values import InboxConfig
 from tests.support.harness import eventually
 
-__all__ = ["PATIENCE", "Clock", "Sender", "running_publisher"]
+__all__ = ["PATIENCE", "Clock", "MessageSender", "running_publisher"]
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 
@@ -32,7 +32,7 @@ class Clock:
         return self.now
 
 
-class Sender:
+class MessageSender:
     """Gives messages to a publisher and keeps its answers, by message id."""
 
     def __init__(self, publisher: Publisher) -> None:
@@ -71,7 +71,7 @@ def running_publisher(
     clock: Callable[[], float] | None = None,
     kind: type[Publisher] = Publisher,
     heartbeat: int = 60,
-) -> Iterator[Sender]:
+) -> Iterator[MessageSender]:
     """A publisher on the broker of an AMQP URL, ready to publish, and stopped at the end."""
     inbox = inbox or InboxConfig()
     more = {} if clock is None else {"clock": clock}
@@ -89,6 +89,6 @@ def running_publisher(
         publisher.start()
         try:
             eventually(lambda: publisher.is_ready, PATIENCE, sleep=gevent.sleep)
-            yield Sender(publisher)
+            yield MessageSender(publisher)
         finally:
             publisher.stop()

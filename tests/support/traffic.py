@@ -30,7 +30,7 @@ from tests.support.harness import eventually
 
 __all__ = ["Client", "Summary", "Traffic"]
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 60.0
 #: Longest time that a browser waits for a handshake, in seconds.
 _HANDSHAKE = 10.0
@@ -45,7 +45,7 @@ class Host(Protocol):
 
 
 @dataclass(eq=False)
-class _Sent:
+class _SentMessage:
     """A message that was sent, and every answer to it."""
 
     sender: str
@@ -67,7 +67,7 @@ class _Sent:
 
 
 @dataclass(frozen=True)
-class _Arrival:
+class _Received:
     sender: str
     number: int
     #: Which of the recipient's sockets got it, counted from 1.
@@ -101,7 +101,7 @@ class Client:
         self.generation = 0
         #: The close code of each socket that ended before `close`; None where there was none.
         self.ends: list[int | None] = []
-        self.arrivals: list[_Arrival] = []
+        self.arrivals: list[_Received] = []
         #: The ids of the messages in `arrivals`.
         self.arrived: set[str] = set()
         #: What came that is neither a numbered message nor an answer to one.
@@ -230,7 +230,7 @@ class Client:
                 socket.send(json.dumps({"ack": frame["seq"]}))
 
     def _arrived(self, message: dict[str, Any], mid: str | None) -> None:
-        self.arrivals.append(_Arrival(message["from"]["id"], message["content"], self.generation, mid))
+        self.arrivals.append(_Received(message["from"]["id"], message["content"], self.generation, mid))
         self.arrived.add(message["id"])
 
     def _run_sender(self) -> None:
@@ -278,7 +278,7 @@ class Traffic:
         self.filling = filling
         #: Guards all that is recorded.
         self.lock = threading.RLock()
-        self.sent: dict[str, _Sent] = {}
+        self.sent: dict[str, _SentMessage] = {}
         #: By the user, and further sockets by their names.
         self.clients: dict[str, Client] = {}
         self._sockets: dict[str, list[Client]] = defaultdict(list)
@@ -412,10 +412,10 @@ class Traffic:
                 codes=Counter(codes),
             )
 
-    def note(self, client: Client, to: str, number: int) -> _Sent:
+    def note(self, client: Client, to: str, number: int) -> _SentMessage:
         """Record a message that is about to be sent; called by its sender."""
         with self.lock:
-            sent = _Sent(client.user, to, number)
+            sent = _SentMessage(client.user, to, number)
             self.sent[sent.id] = sent
             return sent
 
@@ -441,16 +441,16 @@ class Traffic:
                 sent.excused = True
             return len(under_way)
 
-    def _missing(self) -> list[_Sent]:
+    def _missing(self) -> list[_SentMessage]:
         return [sent for sent in self.sent.values() if sent.acked and not sent.excused and self._is_missing(sent)]
 
-    def _is_missing(self, sent: _Sent) -> bool:
+    def _is_missing(self, sent: _SentMessage) -> bool:
         """Tell whether none of its recipient's sockets has it, where there are any."""
         here = self._sockets.get(sent.to, ())
         return bool(here) and all(sent.id not in client.arrived for client in here)
 
     def _judge_arrivals(self, client: Client, repeats: bool) -> None:
-        seen: dict[str, dict[int, _Arrival]] = defaultdict(dict)
+        seen: dict[str, dict[int, _Received]] = defaultdict(dict)
         for arrival in client.arrivals:
             key = f"{arrival.sender}:{arrival.number}"
             sent = self.sent.get(key)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -70,7 +70,7 @@ def handshake(path: str = "/echo", **changes: str | None) -> bytes:
     return "\r\n".join(str(line) for line in lines).encode("latin-1")
 
 
-class Answer:
+class HttpAnswer:
     """An HTTP answer."""
 
     def __init__(self, head: bytes, body: bytes) -> None:
@@ -90,7 +90,7 @@ class Answer:
 class Peer:
     """One TCP connection to the server, with a buffer; every read is bounded by `PATIENCE`."""
 
-    def __init__(self, server: Server, *, receive_buffer: int | None = None) -> None:
+    def __init__(self, server: PeerServer, *, receive_buffer: int | None = None) -> None:
         self.sock: Any = socket.socket()
         if receive_buffer is not None:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -147,12 +147,12 @@ class Peer:
         data, self.buffer = self.buffer[:size], self.buffer[size:]
         return data
 
-    def read_answer(self) -> Answer:
+    def read_answer(self) -> HttpAnswer:
         """Read one whole HTTP answer."""
         while b"\r\n\r\n" not in self.buffer:
             assert self.fill(), f"end of stream after {self.buffer!r}"
         head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
-        answer = Answer(head, b"")
+        answer = HttpAnswer(head, b"")
         if answer.status != 101:
             answer.body = self.take(int(answer.headers["content-length"]))
         return answer
@@ -211,7 +211,7 @@ class Peer:
         assert self.read_message() == text
 
 
-class Server:
+class PeerServer:
     """The server process."""
 
     def __init__(self, process: subprocess.Popen[str], port: int, certificate: str) -> None:
@@ -238,7 +238,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(*, certificate: str = "", key: str = "", **settings: Any) -> Iterator[Server]:
+def running_server(*, certificate: str = "", key: str = "", **settings: Any) -> Iterator[PeerServer]:
     """Start a server process whose handler class has these attributes; end it afterwards."""
     arguments = json.dumps({"settings": settings, "certificate": certificate, "key": key})
     process = subprocess.Popen(
@@ -250,7 +250,7 @@ def running_server(*, certificate: str = "", key: str = "", **settings: Any) -> 
     )
     try:
         assert process.stdout is not None
-        yield Server(process, int(process.stdout.readline()), certificate)
+        yield PeerServer(process, int(process.stdout.readline()), certificate)
     finally:
         process.kill()
         process.wait()

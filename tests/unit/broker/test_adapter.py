@@ -22,10 +22,10 @@ from imrelay.broker.connection import Connection, ConnectionState
 from imrelay.broker.stream import Stream
 from imrelay.errors import ChannelLost
 from tests.promises.test_amqps import Authority
-from tests.support.fake_broker import FakeBroker, FakeConnection
+from tests.support.fake_broker import BrokerSide, FakeBroker
 from tests.support.harness import eventually
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 
@@ -51,7 +51,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Tls:
+class TlsContexts:
     """The contexts of both sides; None: in the clear."""
 
     broker: ssl.SSLContext | None
@@ -59,14 +59,14 @@ class Tls:
 
 
 @pytest.fixture(scope="module", params=["clear", "TLS"])
-def tls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tls:
+def tls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TlsContexts:
     """Each test that takes it is played in the clear and over TLS."""
     if request.param == "clear":
-        return Tls(None, None)
+        return TlsContexts(None, None)
     authority = Authority(tmp_path_factory.mktemp("adapter") / "authority")
     broker = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     broker.load_cert_chain(*authority.issue("broker"))
-    return Tls(broker, ssl.create_default_context(cafile=str(authority.certificate)))
+    return TlsContexts(broker, ssl.create_default_context(cafile=str(authority.certificate)))
 
 
 def wait_for_problem(connection: Connection, text: str) -> None:
@@ -99,7 +99,7 @@ def test_a_broker_that_takes_the_connection_and_says_nothing_is_left(monkeypatch
     """The AMQP handshake has a deadline; the socket is closed behind it."""
     ended = threading.Event()
 
-    def be_silent(peer: FakeConnection) -> None:
+    def be_silent(peer: BrokerSide) -> None:
         assert peer.read(8) == b"AMQP\x00\x00\x09\x01"
         assert peer.read(1) == b""
         ended.set()
@@ -115,7 +115,7 @@ def test_closing_while_it_is_being_opened_ends_the_attempt_at_once() -> None:
     ended = threading.Event()
     begun = threading.Event()
 
-    def tune_and_wait(peer: FakeConnection) -> None:
+    def tune_and_wait(peer: BrokerSide) -> None:
         peer.start()
         peer.read_method(spec.Connection.StartOk)
         peer.send(0, spec.Connection.Tune(2047, 131_072, 60))
@@ -144,7 +144,7 @@ def test_closing_while_it_is_being_opened_ends_the_attempt_at_once() -> None:
 def test_a_broker_that_closes_during_the_handshake_is_said(after: str, said: str) -> None:
     """However far the handshake had come, the reason is what the broker said, or that it said nothing."""
 
-    def close_early(peer: FakeConnection) -> None:
+    def close_early(peer: BrokerSide) -> None:
         if after == "nothing":
             peer.read(8)
             return
@@ -171,7 +171,7 @@ def test_what_is_no_amqp_ends_the_connection_at_once(answer: bytes) -> None:
     """A server of another kind, or a frame that is too large, is not waited for and not gathered."""
     ended = threading.Event()
 
-    def answer_and_wait(peer: FakeConnection) -> None:
+    def answer_and_wait(peer: BrokerSide) -> None:
         peer.read(8)
         peer.sock.sendall(answer)
         assert peer.read(1) == b""
@@ -186,7 +186,7 @@ def test_what_is_no_amqp_ends_the_connection_at_once(answer: bytes) -> None:
 def test_a_broker_of_another_version_is_said() -> None:
     """A broker that does not speak 0-9-1 answers by its protocol header and closes."""
 
-    def answer(peer: FakeConnection) -> None:
+    def answer(peer: BrokerSide) -> None:
         peer.read(8)
         peer.sock.sendall(b"AMQP\x00\x01\x00\x00")
 
@@ -199,7 +199,7 @@ def test_attempts_that_fail_leave_no_descriptor(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(connection_module, "_pause", lambda tries: 0.0)
     attempts = 0
 
-    def refuse(peer: FakeConnection) -> None:
+    def refuse(peer: BrokerSide) -> None:
         nonlocal attempts
         peer.read(8)
         attempts += 1
@@ -224,11 +224,11 @@ def delivery(channel: int, tag: int, size: int) -> bytes:
     return b"".join(part.marshal() for part in parts)
 
 
-def test_a_broker_that_floods_starves_nobody(tls: Tls) -> None:
+def test_a_broker_that_floods_starves_nobody(tls: TlsContexts) -> None:
     """Between two reads of 64 KiB the others have their turn, however much there is to read."""
     total = 500
 
-    def flood(peer: FakeConnection) -> None:
+    def flood(peer: BrokerSide) -> None:
         peer.open()
         channel = peer.open_channel()
         for tag in range(total):
@@ -264,7 +264,7 @@ def test_what_a_broker_says_before_a_write_fails_is_read(monkeypatch: pytest.Mon
     """The broker closes with a reason, and a write meets the broken connection first: the reason is told."""
     may_close = threading.Event()
 
-    def close(peer: FakeConnection) -> None:
+    def close(peer: BrokerSide) -> None:
         peer.open()
         peer.open_channel()
         may_close.wait(PATIENCE)
@@ -311,11 +311,11 @@ def test_a_write_that_fails_ends_the_connection(monkeypatch: pytest.MonkeyPatch)
         assert len(writes) == 1
 
 
-def test_large_messages_of_two_channels_arrive_whole(tls: Tls) -> None:
+def test_large_messages_of_two_channels_arrive_whole(tls: TlsContexts) -> None:
     """A message of several body frames is put together, whatever comes between its frames or is in its headers."""
     body = os.urandom(400_000)
 
-    def interleave(peer: FakeConnection) -> None:
+    def interleave(peer: BrokerSide) -> None:
         peer.open()
         one, two = peer.open_channel(), peer.open_channel()
         key = frame.Method(one, spec.Basic.Deliver("inbox", 7, True, "user.ben", "@@@@")).marshal()
@@ -357,7 +357,7 @@ def test_large_messages_of_two_channels_arrive_whole(tls: Tls) -> None:
 def test_frames_out_of_order_end_the_connection(frames: list[Any]) -> None:
     """A broker that has lost count cannot be followed any further."""
 
-    def be_odd(peer: FakeConnection) -> None:
+    def be_odd(peer: BrokerSide) -> None:
         peer.open()
         assert peer.open_channel() == 1
         peer.sock.sendall(b"".join(one.marshal() for one in frames))
@@ -374,7 +374,7 @@ def test_frames_out_of_order_end_the_connection(frames: list[Any]) -> None:
 def test_who_fails_to_take_a_delivery_ends_its_connection_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """An exception where nothing may raise is logged, each channel is told of the end, and it comes back."""
 
-    def deliver(peer: FakeConnection) -> None:
+    def deliver(peer: BrokerSide) -> None:
         peer.open()
         peer.sock.sendall(delivery(peer.open_channel(), 1, 5))
         peer.read_frame()
@@ -398,13 +398,13 @@ def test_who_fails_to_take_a_delivery_ends_its_connection_and_no_other(caplog: p
 # -- writing and the end ---------------------------------------------------------------------------------------
 
 
-def test_a_peer_that_does_not_read_gets_everything_in_order_later(tls: Tls) -> None:
+def test_a_peer_that_does_not_read_gets_everything_in_order_later(tls: TlsContexts) -> None:
     """What the kernel does not take waits, and arrives as it was given once the broker reads again."""
     may_read = threading.Event()
     parts = [bytes([number]) * 100_000 for number in range(100)]
     received: list[bytes] = []
 
-    def read_late(peer: FakeConnection) -> None:
+    def read_late(peer: BrokerSide) -> None:
         peer.open()
         peer.open_channel()
         may_read.wait(PATIENCE)
@@ -434,7 +434,7 @@ def test_a_broker_that_is_frozen_is_left_by_the_heartbeat(monkeypatch: pytest.Mo
     """Nothing comes and nothing is taken any more: pika's check ends the connection through the adapter."""
     frozen = threading.Event()
 
-    def freeze(peer: FakeConnection) -> None:
+    def freeze(peer: BrokerSide) -> None:
         peer.open()
         frozen.wait(PATIENCE)
 
@@ -456,7 +456,7 @@ def test_a_broker_that_does_not_answer_the_close_is_left() -> None:
     """`close` waits for connection.close-ok as long as it is told, and then ends the connection all the same."""
     ended = threading.Event()
 
-    def ignore(peer: FakeConnection) -> None:
+    def ignore(peer: BrokerSide) -> None:
         peer.open()
         while peer.read_frame() is not None:
             pass
@@ -475,7 +475,7 @@ def test_a_broker_that_does_not_answer_the_close_is_left() -> None:
 def test_a_close_of_both_sides_at_once_ends_the_channel(is_answered: bool) -> None:
     """The broker's channel.close crosses ours: the channel has ended, whether the broker answers ours or not."""
 
-    def cross(peer: FakeConnection) -> None:
+    def cross(peer: BrokerSide) -> None:
         peer.open()
         channel = peer.open_channel()
         peer.read_method(spec.Channel.Close)
@@ -505,7 +505,7 @@ def test_a_close_of_both_sides_at_once_ends_the_channel(is_answered: bool) -> No
 def test_a_late_answer_to_a_close_does_not_end_the_next_channel_of_that_number() -> None:
     """A channel that is not being closed has asked for no channel.close-ok."""
 
-    def answer_late(peer: FakeConnection) -> None:
+    def answer_late(peer: BrokerSide) -> None:
         peer.open()
         channel = peer.open_channel()
         peer.send(channel, spec.Channel.CloseOk(), spec.Queue.DeclareOk("q", 0, 0))

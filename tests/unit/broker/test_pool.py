@@ -21,7 +21,7 @@ from imrelay.broker.topology import Topology
 from imrelay.errors import ChannelLost
 from imrelay.settings.values import InboxConfig
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 #: Looks at a connection after which somebody is only turning round.
 MANY_LOOKS = 10_000
@@ -81,7 +81,7 @@ class FakeConnection:
         """End."""
 
 
-class Attaching:
+class HeldPool:
     """A pool on one connection, with consumers that the test holds."""
 
     def __init__(self) -> None:
@@ -119,10 +119,10 @@ class Attaching:
 
 
 @pytest.fixture
-def attaching(monkeypatch: pytest.MonkeyPatch) -> Iterator[Attaching]:
+def attaching(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldPool]:
     """A pool whose connection is not yet open."""
     monkeypatch.setattr(pool, "Consumer", Held)
-    made = Attaching()
+    made = HeldPool()
     with gevent.Timeout(PATIENCE * 3):
         yield made
     made.pool.stop()
@@ -142,7 +142,7 @@ def assert_nothing_left(consumer: weakref.ref[Held]) -> None:
     assert left is None, gc.get_referrers(left)
 
 
-def test_a_socket_that_closes_in_the_queue_is_not_attached(attaching: Attaching) -> None:
+def test_a_socket_that_closes_in_the_queue_is_not_attached(attaching: HeldPool) -> None:
     """A consumer whose socket closes while others are attached never takes a channel, and nothing of it stays."""
     attaching.connection.open()
     held = attaching.fill()
@@ -159,7 +159,7 @@ def test_a_socket_that_closes_in_the_queue_is_not_attached(attaching: Attaching)
     assert all(consumer.is_attached for consumer in held)
 
 
-def test_a_socket_that_closes_before_there_is_a_connection_is_not_attached(attaching: Attaching) -> None:
+def test_a_socket_that_closes_before_there_is_a_connection_is_not_attached(attaching: HeldPool) -> None:
     """A consumer whose socket closes while the broker is away never takes a channel, and nothing of it stays."""
     waiting = attaching.consume("waiting")
     gevent.sleep(0)
@@ -174,7 +174,7 @@ def test_a_socket_that_closes_before_there_is_a_connection_is_not_attached(attac
 
 
 def test_a_socket_that_closes_in_the_pause_is_not_attached(
-    attaching: Attaching, monkeypatch: pytest.MonkeyPatch
+    attaching: HeldPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A consumer that failed, and whose socket closes before the next attempt, is not attached again."""
     pauses: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
@@ -199,7 +199,7 @@ def test_a_socket_that_closes_in_the_pause_is_not_attached(
     assert all(consumer.attempts == 1 for consumer in held)
 
 
-def test_sockets_of_one_user_are_attached_one_after_the_other(attaching: Attaching) -> None:
+def test_sockets_of_one_user_are_attached_one_after_the_other(attaching: HeldPool) -> None:
     """A further socket of a user has to find the first one on the broker: it is begun when that has ended."""
     attaching.connection.open()
     sockets = [attaching.consume("one") for _ in range(3)]
@@ -215,7 +215,7 @@ def test_sockets_of_one_user_are_attached_one_after_the_other(attaching: Attachi
     assert [socket.attempts for socket in sockets] == [1, 1, 1]
 
 
-def test_a_busy_user_does_not_hold_up_another(attaching: Attaching) -> None:
+def test_a_busy_user_does_not_hold_up_another(attaching: HeldPool) -> None:
     """More waiting sockets of one user than are attached at a time: the socket of another user gets its turn."""
     attaching.connection.open()
     busy = [attaching.consume("busy") for _ in range(pool._PARALLEL * 3)]
@@ -229,7 +229,7 @@ def test_a_busy_user_does_not_hold_up_another(attaching: Attaching) -> None:
 
 
 def test_looking_for_a_free_user_does_not_grow_with_those_who_wait(
-    attaching: Attaching, monkeypatch: pytest.MonkeyPatch
+    attaching: HeldPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many sockets wait for a busy user, only so many greenlets look after them, each once in a while."""
     monkeypatch.setattr(pool, "_MOMENT", PATIENCE * 100)
@@ -243,7 +243,7 @@ def test_looking_for_a_free_user_does_not_grow_with_those_who_wait(
 
 
 def test_an_attacher_that_fails_loses_no_consumer(
-    attaching: Attaching, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    attaching: HeldPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What goes wrong around the attaching of a socket is logged, and the socket is attached after a pause."""
     failures = iter([RuntimeError("odd"), ValueError("odder")])
@@ -268,7 +268,7 @@ def test_an_attacher_that_fails_loses_no_consumer(
 
 
 def test_one_consumer_that_cannot_be_bound_again_keeps_no_other_from_it(
-    attaching: Attaching, monkeypatch: pytest.MonkeyPatch
+    attaching: HeldPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rebinder looks at every consumer, round after round, whatever one of them raises."""
     seen = {name: Event() for name in ("one", "two", "three")}
@@ -289,7 +289,7 @@ def test_one_consumer_that_cannot_be_bound_again_keeps_no_other_from_it(
             event.clear()
 
 
-def test_the_rebinder_outlives_a_fault_of_a_round(attaching: Attaching, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rebinder_outlives_a_fault_of_a_round(attaching: HeldPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A round that fails as a whole is followed by the next ones."""
     bound = Event()
     monkeypatch.setattr(pool, "_REBIND_INTERVAL", 0.001)

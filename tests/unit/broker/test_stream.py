@@ -14,9 +14,9 @@ import pytest
 
 from imrelay.broker import stream as module
 from imrelay.broker.stream import Addresses, Stream, open_stream
-from tests.support.fake_broker import FakeBroker, FakeConnection
+from tests.support.fake_broker import BrokerSide, FakeBroker
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 
@@ -48,7 +48,7 @@ def full() -> Iterator[int]:
         yield listener.getsockname()[1]
 
 
-def nothing(peer: FakeConnection) -> None:
+def nothing(peer: BrokerSide) -> None:
     """Say nothing, until the other side closes."""
     assert peer.read(1) == b""
 
@@ -75,7 +75,7 @@ def test_tls_has_a_deadline() -> None:
     """A port that takes the connection and does not speak TLS is left, and its socket closed."""
     ended = threading.Event()
 
-    def be_silent(peer: FakeConnection) -> None:
+    def be_silent(peer: BrokerSide) -> None:
         while peer.read(1):
             pass
         ended.set()
@@ -91,7 +91,7 @@ def test_an_attempt_that_is_killed_closes_its_socket() -> None:
     """A greenlet that is killed while it waits for TLS leaves nothing open."""
     begun, ended = threading.Event(), threading.Event()
 
-    def be_silent(peer: FakeConnection) -> None:
+    def be_silent(peer: BrokerSide) -> None:
         assert peer.read(1)
         begun.set()
         while peer.read(1):

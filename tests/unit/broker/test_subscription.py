@@ -20,7 +20,7 @@ from imrelay.broker.topology import AS_IT_STANDS, INBOX_TAG, LIVE_TAG, Topology
 from imrelay.settings.values import InboxConfig
 from tests.support.harness import eventually
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 

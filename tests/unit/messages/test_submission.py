@@ -487,7 +487,7 @@ def test_utf8_is_recognised() -> None:
     assert not is_utf8(b"\xed\xa0\x80")
 
 
-class Clock:
+class WallClock:
     """A clock that is set by hand, in seconds."""
 
     def __init__(self, now: float) -> None:
@@ -503,14 +503,14 @@ def _time_in(mid: str) -> int:
 
 def test_message_ids_are_ulids() -> None:
     """26 characters of Crockford's base 32, which begin with the time."""
-    mid, time_ms = MessageIds(Clock(1_700_000_000.125)).next()
+    mid, time_ms = MessageIds(WallClock(1_700_000_000.125)).next()
     assert re.fullmatch("[0-7][0-9A-HJKMNP-TV-Z]{25}", mid)
     assert time_ms == 1_700_000_000_125 == _time_in(mid)
 
 
 def test_message_ids_are_unique_and_in_order() -> None:
     """Within a millisecond and from one to the next, each id is greater than the one before."""
-    clock = Clock(1_700_000_000.0)
+    clock = WallClock(1_700_000_000.0)
     ids = MessageIds(clock)
     made = []
     for _ in range(20):
@@ -521,7 +521,7 @@ def test_message_ids_are_unique_and_in_order() -> None:
 
 def test_a_clock_set_back_does_not_undo_the_order() -> None:
     """Ids go on rising, and their time stands still until the clock has caught up."""
-    clock = Clock(1_700_000_000.0)
+    clock = WallClock(1_700_000_000.0)
     ids = MessageIds(clock)
     made = [ids.next()]
     clock.now -= 3600
@@ -535,5 +535,5 @@ def test_a_clock_set_back_does_not_undo_the_order() -> None:
 
 def test_two_processes_make_different_ids() -> None:
     """Of two processes that began in the same millisecond, no id is the same."""
-    first, second = (MessageIds(Clock(1_700_000_000.0)) for _ in range(2))
+    first, second = (MessageIds(WallClock(1_700_000_000.0)) for _ in range(2))
     assert not {first.next()[0] for _ in range(1000)} & {second.next()[0] for _ in range(1000)}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.model.client import split_v1
-from tests.model.history import History, Message, Session, Violation
+from tests.model.history import History, Message, SessionRecord, Violation
 from tests.model.soak import Figures
 from tests.model.verdict import complaints
 
@@ -22,7 +22,7 @@ class Play:
         self._mids = iter(_MIDS)
         self.bob = self.open("bob", v1=False)
 
-    def open(self, user: str, *, relay: str = "A", v1: bool = True) -> Session:
+    def open(self, user: str, *, relay: str = "A", v1: bool = True) -> SessionRecord:
         """Open a socket, when those that ended are gone."""
         self.history.gone(user)
         return self.history.open(user, relay, v1=v1)
@@ -31,7 +31,7 @@ class Play:
         self,
         to: str = "ann",
         *,
-        sender: Session | None = None,
+        sender: SessionRecord | None = None,
         answer: dict[str, Any] | None = None,
         size: int = 0,
     ) -> Message:
@@ -46,7 +46,7 @@ class Play:
         """An ack with the next mid."""
         return {"ack": {"id": number, "mid": next(self._mids), "time": 1}}
 
-    def see(self, session: Session, *messages: Message, take: bool = True, **facts: Any) -> None:
+    def see(self, session: SessionRecord, *messages: Message, take: bool = True, **facts: Any) -> None:
         """Let messages come to a session, which takes them."""
         for message in messages:
             if session.v1:

@@ -14,7 +14,7 @@ import pytest
 from imrelay.runtime import log_stream
 from imrelay.runtime.log_stream import LogStream
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 

@@ -16,7 +16,7 @@ from imrelay.runtime import loops
 from imrelay.runtime.loops import run_for_ever
 
 ROOT = Path(__file__).resolve().parents[3]
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 
@@ -27,7 +27,7 @@ def guard() -> Iterator[None]:
         yield
 
 
-class Failing:
+class FailingLoop:
     """A loop that fails as often as it is told, then works until it is ended."""
 
     def __init__(self, *failures: BaseException) -> None:
@@ -47,7 +47,7 @@ def test_an_unexpected_exception_is_logged_and_the_loop_goes_on(
     failure: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After an exception of whatever kind the loop works; the log has its name and the traceback."""
-    body = Failing(failure)
+    body = FailingLoop(failure)
     greenlet = run_for_ever(body, name="test", pause=0)
     assert body.works.wait(PATIENCE)
     [record] = caplog.records
@@ -63,7 +63,7 @@ def test_an_unexpected_exception_is_logged_and_the_loop_goes_on(
 
 def test_a_loop_that_is_killed_ends_at_once() -> None:
     """`kill` ends it, at work and in the pause after a failure."""
-    working, pausing = Failing(), Failing(*(RuntimeError() for _ in range(9)))
+    working, pausing = FailingLoop(), FailingLoop(*(RuntimeError() for _ in range(9)))
     first = run_for_ever(working, name="first")
     second = run_for_ever(pausing, name="second", pause=PATIENCE * 10)
     assert working.works.wait(PATIENCE)
@@ -99,7 +99,7 @@ def test_failures_that_repeat_do_not_flood_the_log(
     monkeypatch.setattr(loops.gevent, "sleep", pauses.append)
     clock = iter([float(number) for number in range(10_000)])
     monkeypatch.setattr(loops.time, "monotonic", lambda: next(clock))
-    body = Failing(*(RuntimeError(str(number)) for number in range(100)), ValueError())
+    body = FailingLoop(*(RuntimeError(str(number)) for number in range(100)), ValueError())
     body.may_end.set()
     loops._run_loop(body, "test", 0.1)
     assert pauses[:7] == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]

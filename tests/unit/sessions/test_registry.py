@@ -11,11 +11,11 @@ from gevent.event import Event
 from imrelay.sessions import registry
 from imrelay.sessions.registry import Registry
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 
-class Member:
+class FakeMember:
     """A session that fails where the test says so."""
 
     def __init__(self, owner: Registry, *, fails: str = "") -> None:
@@ -59,8 +59,8 @@ def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
 
 def test_a_session_that_cannot_be_checked_does_not_keep_the_others_from_it(owner: Registry) -> None:
     """It is closed with 1011 and not looked at again; the others are looked at, round after round."""
-    good = [Member(owner) for _ in range(4)]
-    bad, worse = Member(owner, fails="check"), Member(owner, fails="check close")
+    good = [FakeMember(owner) for _ in range(4)]
+    bad, worse = FakeMember(owner, fails="check"), FakeMember(owner, fails="check close")
     owner.start()
     for _ in range(3):
         for member in good:
@@ -82,7 +82,7 @@ def test_the_checks_go_on_after_a_round_that_fails(owner: Registry, monkeypatch:
         raise RuntimeError("odd")
 
     real = gevent.sleep
-    member = Member(owner)
+    member = FakeMember(owner)
     owner.start()
     assert member.checked.wait(PATIENCE)
     monkeypatch.setattr(registry.gevent, "sleep", fail)
@@ -93,8 +93,8 @@ def test_the_checks_go_on_after_a_round_that_fails(owner: Registry, monkeypatch:
 
 def test_a_session_that_cannot_be_finished_does_not_keep_the_others_from_it(owner: Registry) -> None:
     """At the stop each of the others is ended; the faulty one is closed after the time."""
-    bad, worse = Member(owner, fails="finish"), Member(owner, fails="finish close")
-    good = [Member(owner) for _ in range(4)]
+    bad, worse = FakeMember(owner, fails="finish"), FakeMember(owner, fails="finish close")
+    good = [FakeMember(owner) for _ in range(4)]
     assert owner.drain(1012, "stopping", timeout=0.05) == 2
     assert bad.closed == worse.closed == [1012]
     assert len(owner) == 1

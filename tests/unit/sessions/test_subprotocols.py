@@ -17,7 +17,7 @@ from imrelay.messages.submission import ClientAck
 from imrelay.sessions.subprotocols import V1, Plain, remembered
 
 
-class FakeConsumer:
+class RecordingConsumer:
     """Remembers what was acknowledged, by tag."""
 
     has_stood_by = False
@@ -44,7 +44,7 @@ def ulid(mid: str, time: str = "01M8000000") -> str:
 
 def test_a_message_that_came_twice_takes_one_place_of_the_prefetch() -> None:
     """imrelay.v1: of two copies of a message one is acknowledged at once, the other when the browser takes it."""
-    consumer = FakeConsumer()
+    consumer = RecordingConsumer()
     protocol = V1(cast(Consumer, consumer), node_envelope=False, remembered=1_024)
     assert protocol.encode(delivery(1, "a")) is not None
     assert protocol.encode(delivery(2, "a")) is None
@@ -57,7 +57,7 @@ def test_a_message_that_came_twice_takes_one_place_of_the_prefetch() -> None:
 
 def test_an_ack_takes_what_was_sent_and_no_more() -> None:
     """imrelay.v1: an acknowledgement is cumulative, and one of what was not sent takes nothing."""
-    consumer = FakeConsumer()
+    consumer = RecordingConsumer()
     protocol = V1(cast(Consumer, consumer), node_envelope=False, remembered=1_024)
     for tag in (1, 2, 3):
         protocol.encode(delivery(tag, f"m{tag}"))
@@ -71,7 +71,7 @@ def test_an_ack_takes_what_was_sent_and_no_more() -> None:
 def test_overdue_is_what_stays_unacknowledged() -> None:
     """imrelay.v1: the oldest message counts, and nothing does once all are acknowledged."""
     now = 100.0
-    protocol = V1(cast(Consumer, FakeConsumer()), node_envelope=False, remembered=1_024, clock=lambda: now)
+    protocol = V1(cast(Consumer, RecordingConsumer()), node_envelope=False, remembered=1_024, clock=lambda: now)
     assert not protocol.is_overdue(10)
     protocol.encode(delivery(1, "a"))
     now = 111.0
@@ -82,7 +82,7 @@ def test_overdue_is_what_stays_unacknowledged() -> None:
 
 def test_a_plain_socket_gets_a_repeat_once() -> None:
     """Plain: a repeat is not sent again, and is acknowledged like any other."""
-    consumer = FakeConsumer()
+    consumer = RecordingConsumer()
     protocol = Plain(cast(Consumer, consumer), node_envelope=False, remembered=1_024)
     first, second = delivery(1, "a"), delivery(2, "a")
     assert protocol.encode(first) == (b"{}", False)
@@ -94,7 +94,7 @@ def test_a_plain_socket_gets_a_repeat_once() -> None:
 @pytest.mark.parametrize("kind", [Plain, V1])
 def test_one_message_id_for_many_messages_of_another_program_is_no_repeat(kind: type[Plain]) -> None:
     """What comes from a program that always sets the same message id is all sent, also what comes again."""
-    protocol = kind(cast(Consumer, FakeConsumer()), node_envelope=False, remembered=1_024)
+    protocol = kind(cast(Consumer, RecordingConsumer()), node_envelope=False, remembered=1_024)
     for tag in range(1, 7):
         foreign = Delivery("inbox", tag, tag > 3, b"{}", ulid("same"), False, False, None)
         assert protocol.encode(foreign) is not None
@@ -103,7 +103,7 @@ def test_one_message_id_for_many_messages_of_another_program_is_no_repeat(kind: 
 @pytest.mark.parametrize("kind", [Plain, V1])
 def test_a_message_is_known_by_what_follows_the_time_in_its_id(kind: type[Plain]) -> None:
     """Two ids of a relay's name one message when their last 16 characters agree."""
-    protocol = kind(cast(Consumer, FakeConsumer()), node_envelope=False, remembered=1_024)
+    protocol = kind(cast(Consumer, RecordingConsumer()), node_envelope=False, remembered=1_024)
     for tag, (mid, is_new) in enumerate(
         [(ulid("a"), True), (ulid("a", "01M9999999"), False), (ulid("b"), True), (ulid("a"), False)]
     ):
@@ -114,7 +114,7 @@ def test_a_message_is_known_by_what_follows_the_time_in_its_id(kind: type[Plain]
 def test_what_is_remembered() -> None:
     """At least `remembered` messages of the last hour are known when they come again, at most twice as many."""
     now = 0.0
-    protocol = Plain(cast(Consumer, FakeConsumer()), node_envelope=False, remembered=2_000, clock=lambda: now)
+    protocol = Plain(cast(Consumer, RecordingConsumer()), node_envelope=False, remembered=2_000, clock=lambda: now)
     for tag in range(7_000):
         assert protocol.encode(delivery(tag, str(tag))) is not None
         if tag >= 2_000:
@@ -132,7 +132,7 @@ def test_what_is_remembered() -> None:
 def test_who_has_stood_by_remembers_more_and_longer() -> None:
     """What a live queue brought, the inbox may repeat long after: 10,000 messages are known for ever."""
     now = 0.0
-    consumer = FakeConsumer()
+    consumer = RecordingConsumer()
     consumer.has_stood_by = True
     protocol = Plain(cast(Consumer, consumer), node_envelope=False, remembered=2_000, clock=lambda: now)
     for tag in range(9_999):
@@ -149,7 +149,7 @@ def test_how_many_are_remembered_follows_what_may_be_published_again(queue: int,
 
 def test_what_another_program_sent_over_a_lost_channel_is_forgotten() -> None:
     """imrelay.v1: such a message comes again with a number of its own, and what came before takes no memory."""
-    consumer = FakeConsumer()
+    consumer = RecordingConsumer()
     protocol = V1(cast(Consumer, consumer), node_envelope=False, remembered=1_024)
     for number in range(3):
         channel = object()
@@ -163,7 +163,7 @@ def test_what_another_program_sent_over_a_lost_channel_is_forgotten() -> None:
 
 def test_no_body_is_held_once_it_was_written() -> None:
     """imrelay.v1: of a message that waits for its acknowledgement only what is needed for that stays here."""
-    protocol = V1(cast(Consumer, FakeConsumer()), node_envelope=False, remembered=1_024)
+    protocol = V1(cast(Consumer, RecordingConsumer()), node_envelope=False, remembered=1_024)
     deliveries = [
         Delivery("inbox", tag, False, b"%061440d" % tag, ulid(str(tag)), False, True, None) for tag in range(100)
     ]

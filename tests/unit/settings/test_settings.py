@@ -41,7 +41,7 @@ print(json.dumps(answers))
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandResult:
     """What the command line did: exit status, standard output and standard error."""
 
     status: int
@@ -49,7 +49,7 @@ class Answer:
     err: str
 
 
-def run_commands(directory: Path, *calls: tuple[list[str], dict[str, str]]) -> list[Answer]:
+def run_commands(directory: Path, *calls: tuple[list[str], dict[str, str]]) -> list[CommandResult]:
     """Call the command line once for each (arguments, environment), in one process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", _DRIVER],
@@ -60,10 +60,10 @@ def run_commands(directory: Path, *calls: tuple[list[str], dict[str, str]]) -> l
         text=True,
         check=True,
     )
-    return [Answer(*answer) for answer in json.loads(done.stdout)]
+    return [CommandResult(*answer) for answer in json.loads(done.stdout)]
 
 
-def run_command(directory: Path, *arguments: str, **environment: str) -> Answer:
+def run_command(directory: Path, *arguments: str, **environment: str) -> CommandResult:
     """Call the command line once."""
     return run_commands(directory, (list(arguments), environment))[0]
 

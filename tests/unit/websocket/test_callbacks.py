@@ -14,7 +14,7 @@ from tests.support.harness import eventually
 from tests.support.websocket_peer import BINARY, PING, TEXT, close_frame, frame
 from tests.unit.websocket.test_conversation import Clock, pair, settle
 
-#: Guard against hanging, in seconds; no measure of speed.
+#: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
 
 

@@ -13,7 +13,7 @@ from imrelay.websocket.fairness import turns_of
 from tests.support.websocket_peer import CLOSE, PING, PONG, TEXT, close_frame, frame
 
 
-class Clock:
+class FrozenClock:
     """A clock that stands still."""
 
     now = 1000.0
@@ -24,7 +24,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
+    clock = FrozenClock()
     monkeypatch.setattr(conversation, "monotonic", clock)
     monkeypatch.setattr(closing, "monotonic", clock)
     return clock

@@ -13,7 +13,7 @@ from imrelay.websocket.sweeper import Sweeper
 ROOT = Path(__file__).resolve().parents[3]
 
 
-class Swept:
+class FakeDeadline:
     """A thing with a deadline; says when it was looked at."""
 
     def __init__(self, sweeper, *, due=0.0, fails=False):
@@ -33,8 +33,8 @@ class Swept:
 def test_only_what_is_due_is_called_and_the_greenlet_ends_with_the_last():
     """What is due is called once in a round, the rest left alone; without sockets there is no greenlet."""
     sweeper = Sweeper()
-    late = Swept(sweeper, due=float("inf"))
-    sockets = [Swept(sweeper) for _ in range(600)]  # more than one slice
+    late = FakeDeadline(sweeper, due=float("inf"))
+    sockets = [FakeDeadline(sweeper) for _ in range(600)]  # more than one slice
     for swept in (late, *sockets):
         sweeper.add(swept, shortest=0.1)
     greenlet = sweeper._greenlet
@@ -45,7 +45,7 @@ def test_only_what_is_due_is_called_and_the_greenlet_ends_with_the_last():
     sweeper.discard(late)
     greenlet.join(timeout=10.0)
     assert greenlet.dead
-    again = Swept(sweeper)
+    again = FakeDeadline(sweeper)
     sweeper.add(again, shortest=0.1)
     sweeper._greenlet.join(timeout=10.0)
     assert again.calls == 1
@@ -54,7 +54,7 @@ def test_only_what_is_due_is_called_and_the_greenlet_ends_with_the_last():
 def test_one_fault_does_not_end_the_sweeping():
     """A socket whose deadline cannot be kept is ended, the others are looked after."""
     sweeper = Sweeper()
-    bad, good = Swept(sweeper, fails=True), Swept(sweeper)
+    bad, good = FakeDeadline(sweeper, fails=True), FakeDeadline(sweeper)
     sweeper.add(bad, shortest=0.1)
     sweeper.add(good, shortest=0.1)
     sweeper._greenlet.join(timeout=10.0)
@@ -82,16 +82,16 @@ def test_a_fork_begins_anew():
 def test_a_socket_that_cannot_be_ended_either_does_not_end_the_sweeping():
     """`abort` and `due` may fail too; the others are looked after, in that round."""
 
-    class Stubborn(Swept):
+    class Stubborn(FakeDeadline):
         def abort(self):
             self.aborted += 1
             raise RuntimeError("cannot be ended")
 
-    class Timeless(Swept):
+    class Timeless(FakeDeadline):
         due = property(lambda self: 1 // 0, lambda self, value: None)
 
     sweeper = Sweeper()
-    sockets = Stubborn(sweeper, fails=True), Timeless(sweeper), Swept(sweeper)
+    sockets = Stubborn(sweeper, fails=True), Timeless(sweeper), FakeDeadline(sweeper)
     for swept in sockets:
         sweeper.add(swept, shortest=0.1)
     sweeper._greenlet.join(timeout=10.0)
@@ -103,7 +103,7 @@ def test_a_round_that_fails_is_followed_by_others(monkeypatch):
     monkeypatch.setattr("imrelay.websocket.sweeper._FAULT_PAUSE", 0.01)
     failures = [RuntimeError("odd"), RuntimeError("odd")]
 
-    class Failing(Sweeper):
+    class FailingSweeper(Sweeper):
         __slots__ = ()
 
         def _sweep(self):
@@ -111,8 +111,8 @@ def test_a_round_that_fails_is_followed_by_others(monkeypatch):
                 raise failures.pop()
             super()._sweep()
 
-    sweeper = Failing()
-    swept = Swept(sweeper)
+    sweeper = FailingSweeper()
+    swept = FakeDeadline(sweeper)
     sweeper.add(swept, shortest=0.1)
     sweeper._greenlet.join(timeout=10.0)
     assert not failures

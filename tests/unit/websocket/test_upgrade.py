@@ -85,7 +85,7 @@ def test_the_access_log_knows_who_was_not_upgraded():
     assert '"GET /echo HTTP/1.1" 101' in log
 
 
-class Endpoint:
+class CountingEndpoint:
     """Remembers how often it was closed."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Endpoint:
 
 def test_nothing_can_be_accepted_after_the_answer():
     """Who keeps an `Upgrade` beyond its request cannot leave a place taken."""
-    upgrade, late = Upgrade(("127.0.0.1", 1)), Endpoint()
+    upgrade, late = Upgrade(("127.0.0.1", 1)), CountingEndpoint()
     assert upgrade.settle() is None
     with pytest.raises(RuntimeError, match="answered already"):
         upgrade.accept(late)
@@ -113,7 +113,7 @@ def test_nothing_can_be_accepted_after_the_answer():
 
 def test_an_endpoint_is_handed_over_once():
     """From `accept` until `settle` it is the handler's; accepted twice, it is not closed."""
-    upgrade, endpoint = Upgrade(("127.0.0.1", 1)), Endpoint()
+    upgrade, endpoint = Upgrade(("127.0.0.1", 1)), CountingEndpoint()
     upgrade.accept(endpoint)
     upgrade.accept(endpoint)
     assert upgrade.settle() is endpoint
