@@ -71,7 +71,7 @@ def broker_url(broker: VirtualHost) -> str:
 
 @pytest.fixture
 def gate(broker_url: str) -> Iterator[Gate]:
-    """A way to the module's virtual host on which the broker's answers can be held up."""
+    """A proxy to the module's virtual host that can hold up the broker's answers."""
     with Gate(broker_url) as made:
         yield made
 

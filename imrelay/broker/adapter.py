@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _READ = 1
 #: Seconds for which replies that nobody waits for are left in the kernel, and bytes that end this earlier: see
 #: `expect`.
-_PATIENCE, _PLENTY = 0.005, 16_384
+_READ_DELAY, _READ_AT_ONCE = 0.005, 16_384
 #: What surrounds the payload of a frame, in bytes (AMQP 0-9-1, 2.3.5).
 _AROUND = 8
 
@@ -77,9 +77,9 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         self._end_reason: BaseException | None = None
         self._handshake_timer: Any = None
         # Begun by `again` and stopped when it fires: one without `repeat` fires at once when it is started anew.
-        self._patience = self._hub.loop.timer(_PATIENCE, _PATIENCE)
-        #: Whether the kernel reports no fewer than `_PLENTY` bytes, until the timer fires.
-        self._is_patient = False
+        self._delay_timer = self._hub.loop.timer(_READ_DELAY, _READ_DELAY)
+        #: Whether the kernel reports no fewer than `_READ_AT_ONCE` bytes, until the timer fires.
+        self._is_delayed = False
         super().__init__(
             parameters,
             on_open_callback=self._on_opened,
@@ -189,8 +189,8 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         """Close the socket, and tell pika, which calls `_on_ended`."""
         self._is_ending = True
         self._stop_handshake_timer()
-        self._patience.stop()
-        self._patience.close()
+        self._delay_timer.stop()
+        self._delay_timer.close()
         self.outbound.stop()
         stream, self._stream = self._stream, None
         if stream is not None:
@@ -274,22 +274,22 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         So the process wakes up once for many confirms. Does nothing on a TLS connection.
         """
         if at_once:
-            if self._is_patient:
-                self.set_patience(False)
-        elif not self._is_patient and self._stream is not None and not self._stream.is_tls:
-            self.set_patience(True)
-            self._patience.again(self._on_patience_end)
+            if self._is_delayed:
+                self.delay_reads(False)
+        elif not self._is_delayed and self._stream is not None and not self._stream.is_tls:
+            self.delay_reads(True)
+            self._delay_timer.again(self._on_delay_end)
 
-    def set_patience(self, is_patient: bool) -> None:
-        """Have the kernel report the socket as readable from `_PLENTY` bytes on, or from one (`SO_RCVLOWAT`)."""
-        self._is_patient = is_patient
+    def delay_reads(self, is_delayed: bool) -> None:
+        """Have the kernel report the socket as readable from `_READ_AT_ONCE` bytes on, or from one again."""
+        self._is_delayed = is_delayed
         if self._stream is not None:
-            self._stream.set_low_water(_PLENTY if is_patient else 1)
+            self._stream.set_low_water(_READ_AT_ONCE if is_delayed else 1)
 
-    def _on_patience_end(self) -> None:
-        self._patience.stop()
-        if self._is_patient:
-            self.set_patience(False)
+    def _on_delay_end(self) -> None:
+        self._delay_timer.stop()
+        if self._is_delayed:
+            self.delay_reads(False)
             self._wake()
 
     # -- what pika asks of an adapter -------------------------------------------------------------------------

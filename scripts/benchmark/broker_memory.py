@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmark.broker import Broker
 from benchmark.broker_objects import LAYOUTS, PARTS, Maker
-from benchmark.process import add_node_options, end_on_signals, node_environment
+from benchmark.child_process import add_node_options, end_on_signals, node_environment
 from benchmark.traffic import broker_at_rest
 from benchmark.usage import resident_kib
 

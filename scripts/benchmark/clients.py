@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from benchmark.frames import CLOSE, PING, PONG, frame, parse_frame
+from benchmark.client_frames import CLOSE, PING, PONG, frame, parse_frame
 from benchmark.protocols import PlainProtocol
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from benchmark.client_frames import frame
 from benchmark.clients import PATIENCE, Client, LoadError, Loop, clock
-from benchmark.frames import frame
 from benchmark.pairs import Pair
 from benchmark.protocols import PlainProtocol, message
 

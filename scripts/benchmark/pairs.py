@@ -13,8 +13,8 @@ import re
 from collections import Counter
 from functools import lru_cache
 
+from benchmark.client_frames import frame, server_frame
 from benchmark.clients import CHUNK, Client, clock
-from benchmark.frames import frame, server_frame
 from benchmark.protocols import PlainProtocol, message
 
 __all__ = ["Meter", "Pair"]

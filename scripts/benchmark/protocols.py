@@ -7,7 +7,7 @@ import re
 import struct
 from collections.abc import Sequence
 
-from benchmark.frames import BINARY, TEXT
+from benchmark.client_frames import BINARY, TEXT
 
 __all__ = ["MqttProtocol", "PlainProtocol", "SocketIoProtocol", "StompProtocol", "message"]
 

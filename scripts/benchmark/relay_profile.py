@@ -11,9 +11,9 @@ import tempfile
 from pathlib import Path
 
 from benchmark.broker import Broker
+from benchmark.child_process import end_on_signals
 from benchmark.installing import ROOT, Installer
 from benchmark.measurements import MEASUREMENTS
-from benchmark.process import end_on_signals
 from benchmark.systems import System, Trees, make_systems
 from benchmark.traffic import Figures, Traffic
 

@@ -25,11 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.broker import Broker
+from benchmark.child_process import (
+    add_node_options,
+    end_on_signals,
+    free_ports,
+    node_environment,
+    say,
+    work_folder,
+)
 from benchmark.clients import LoadError
 from benchmark.crowd import Crowd, measure_crowd
 from benchmark.installing import ROOT, Installer, Unavailable, versions
 from benchmark.measurements import MEASUREMENTS
-from benchmark.process import add_node_options, end_on_signals, free_ports, node_environment, say, work_folder
 from benchmark.report import Results, table, verdicts
 from benchmark.systems import NAMES, OURS, TITLES, Running, System, Trees, make_systems, with_before
 from benchmark.traffic import Figures, Traffic, broker_at_rest

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tests.model.broker import Outside
 from tests.model.client import ModelClient, split_v1
 from tests.model.fleet import Fleet, ModelRelay, Profile
 from tests.model.history import History, Message, SessionRecord, Violation
+from tests.model.outside import Outside
 from tests.support.harness import eventually
 
 __all__ = ["Driver", "ModelTab"]

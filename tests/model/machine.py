@@ -17,10 +17,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from tests.model.broker import FOREIGN, Outside
 from tests.model.driver import ModelTab
 from tests.model.fleet import PROFILES, Fleet
 from tests.model.history import Violation
+from tests.model.outside import FOREIGN, Outside
 from tests.model.world import World
 
 __all__ = ["SEED", "SETTINGS", "SUITE", "Stage", "StateMachine", "run", "staged"]

@@ -25,9 +25,9 @@ from pathlib import Path
 
 from hypothesis import settings
 
-from tests.model.broker import Outside
 from tests.model.fleet import PROFILES, WITNESSES, Fleet
 from tests.model.machine import SETTINGS, Stage, run, staged
+from tests.model.outside import Outside
 from tests.support.brokers import node_pid, open_files, resident_kib
 from tests.support.harness import Node, VirtualHost, eventually
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from hypothesis import Phase, settings
 
 from tests.model.breakages import PACKAGE, Breakage
-from tests.model.broker import Outside
 from tests.model.fleet import PROFILES, ROOT, Fleet
 from tests.model.machine import SUITE, Stage, run, staged
+from tests.model.outside import Outside
 from tests.support.harness import Node, VirtualHost
 
 __all__ = ["try_all"]

@@ -7,10 +7,10 @@ import signal
 import time
 from typing import Any
 
-from tests.model.broker import FOREIGN
 from tests.model.client import ModelClient
 from tests.model.driver import Driver, ModelTab
 from tests.model.history import Message, Violation
+from tests.model.outside import FOREIGN
 from tests.model.verdict import complaints
 from tests.support.brokers import frozen, kill_node, node_pid, start_application, stop_application
 from tests.support.harness import eventually

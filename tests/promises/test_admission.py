@@ -131,7 +131,7 @@ def ask(host: Any, request: bytes) -> int:
 
 @pytest.mark.parametrize(("user", "status"), BROKEN.items(), ids=BROKEN)
 def test_a_broken_request_keeps_no_place(host: HookedRelay, broker: VirtualHost, user: str, status: int) -> None:
-    """Whatever Flask makes of an answer that admits: the client gets an HTTP answer, nobody comes into being."""
+    """Whatever Flask makes of an answer that admits, the client gets an HTTP answer and no session is left."""
     for _ in range(2 * BOUND):  # each of which would leave none for the next, if it kept its place
         assert ask(host, handshake(f"/{user}")) == status
     host.assert_all_places_free()
@@ -223,7 +223,7 @@ def test_a_stop_while_handshakes_are_under_way(gate: Gate, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_no_place_is_lost_under_load(host: HookedRelay, broker: VirtualHost) -> None:
-    """Sound handshakes and all kinds of broken ones, many at once: never more than the bound, and then nobody."""
+    """Valid handshakes and all kinds of broken ones, many at once: no more sessions than the bound, then none."""
     users = [*BROKEN, "sound", "sound", "sound"]
 
     def come_and_go(seed: int) -> set[int]:
@@ -289,7 +289,7 @@ def services_on(url: str) -> Services:
 
 
 @pytest.fixture
-def crowd(broker: VirtualHost) -> Iterator[list[AdmittedSocket]]:
+def many_sockets(broker: VirtualHost) -> Iterator[list[AdmittedSocket]]:
     """A hundred users who come at the same moment to a broker that needs three seconds for all of them."""
     with Proxy(broker.url, tap=Slow(0.03)) as proxy, gevent.Timeout(PATIENCE * 3):
         services = services_on(proxy.url)
@@ -318,21 +318,21 @@ def attach_all(sockets: list[AdmittedSocket]) -> list[bool]:
     return [greenlet.value for greenlet in greenlets]
 
 
-def test_a_crowd_is_attached_before_it_is_answered(
-    crowd: list[AdmittedSocket], monkeypatch: pytest.MonkeyPatch
+def test_many_handshakes_are_answered_after_they_are_attached(
+    many_sockets: list[AdmittedSocket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as consumers get attached, each handshake waits for its own: what is sent after it reaches it."""
     monkeypatch.setattr(app, "_STALLED_TIMEOUT", 1.5)
-    assert all(attach_all(crowd))
+    assert all(attach_all(many_sockets))
 
 
-def test_a_handshake_waits_so_long_and_no_longer(
-    crowd: list[AdmittedSocket], monkeypatch: pytest.MonkeyPatch
+def test_the_wait_of_a_handshake_is_bounded(
+    many_sockets: list[AdmittedSocket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who would wait beyond the bound is answered without, and attached when its turn comes."""
     monkeypatch.setattr(app, "_ATTACH_TIMEOUT", 1.0)
-    assert set(attach_all(crowd)) == {True, False}
-    eventually(lambda: all(map(is_attached, crowd)), PATIENCE, sleep=gevent.sleep)
+    assert set(attach_all(many_sockets)) == {True, False}
+    eventually(lambda: all(map(is_attached, many_sockets)), PATIENCE, sleep=gevent.sleep)
 
 
 def test_a_broker_that_attaches_nobody_is_not_waited_for(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def test_a_socket_that_closes_while_it_is_attached_leaves_nothing(
 @pytest.mark.parametrize(
     "method", [pytest.param(CHANNEL_CLOSE, id="refused"), pytest.param(OPEN_OK, id="before it is refused")]
 )
-def test_a_socket_that_closes_before_its_inbox_is_taken_as_it_stands_captures_nothing(
+def test_a_socket_that_closes_between_two_attempts_leaves_no_consumer(
     pool: ConsumerPool, gate: Gate, broker: VirtualHost, user: str, method: Method
 ) -> None:
     """The inbox has other settings, the first attempt is refused, and the socket closes: no second attempt."""

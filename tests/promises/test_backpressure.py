@@ -1,4 +1,4 @@
-"""Without room for more messages only those who send them wait, each in turn and to the last message."""
+"""When the publisher has no room only senders wait, in turn, and each of their messages is handled."""
 
 from __future__ import annotations
 

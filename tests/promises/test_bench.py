@@ -22,8 +22,8 @@ from tests.support.harness import eventually, plain_environment
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from benchmark.broker_memory import parse as parse_memory
+from benchmark.client_frames import PING, parse_frame, server_frame
 from benchmark.clients import Loop
-from benchmark.frames import PING, parse_frame, server_frame
 from benchmark.generator import closed_loop, connect, probe
 from benchmark.measurements import MEASUREMENTS
 from benchmark.pairs import Meter, Pair
@@ -353,7 +353,7 @@ def test_a_memory_of_nothing_is_refused(arguments: list[str]) -> None:
 def test_a_hangup_ends_the_bench_unless_it_was_ignored(ignored: bool) -> None:
     """Started with `nohup` it goes on when the terminal is closed; otherwise it ends, as SIGTERM ends it."""
     program = (
-        "import signal, sys; from benchmark.process import end_on_signals\n"
+        "import signal, sys; from benchmark.child_process import end_on_signals\n"
         f"signal.signal(signal.SIGHUP, signal.{'SIG_IGN' if ignored else 'SIG_DFL'}); end_on_signals()\n"
         "signal.raise_signal(signal.SIGHUP); print('went on', flush=True)\n"
         "signal.raise_signal(signal.SIGTERM); print('never')"

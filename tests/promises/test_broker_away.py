@@ -1,4 +1,4 @@
-"""A RabbitMQ that is not there yet, not there any more, or does not let the relay in."""
+"""A RabbitMQ that is not yet running, has stopped, or refuses the relay."""
 
 from __future__ import annotations
 

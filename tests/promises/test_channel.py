@@ -1,4 +1,4 @@
-"""Who asks on a channel is told of its end, and who has closed one hears no more of it."""
+"""A call on a channel ends when the channel ends, and nothing is reported of a channel that was closed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANSWERS = pytest.mark.parametrize(
 
 
 class Told:
-    """A publishing channel, and what it has told."""
+    """A publishing channel, and the answers that its owner got."""
 
     def __init__(self, connection: Connection) -> None:
         self.answers: list[Any] = []
@@ -52,8 +52,8 @@ class Told:
 
 
 @ANSWERS
-def test_an_answer_is_told(connection: Connection, key: str, method: Method) -> None:
-    """While the channel is open, its owner is told of a return, an ack and a nack."""
+def test_the_owner_is_told_of_each_answer(connection: Connection, key: str, method: Method) -> None:
+    """While the channel is open, its owner gets a return, an ack and a nack."""
     told = Told(connection)
     told.publish(key)
     answers = {RETURN: ["m1", (1, True)], ACK: [(1, True)], NACK: [(1, False)]}[method]
@@ -62,10 +62,10 @@ def test_an_answer_is_told(connection: Connection, key: str, method: Method) -> 
 
 
 @ANSWERS
-def test_an_answer_that_comes_after_the_close_is_not_told(
+def test_an_answer_after_the_close_is_dropped(
     connection: Connection, gate: Gate, key: str, method: Method
 ) -> None:
-    """The broker had answered when the channel was closed, the answer arrives later: nobody is told."""
+    """The broker had answered when the channel was closed, the answer arrives later: its owner gets nothing."""
     told = Told(connection)
     gate.hold(method)
     told.publish(key)
@@ -78,7 +78,7 @@ def test_an_answer_that_comes_after_the_close_is_not_told(
 
 
 def test_nothing_is_asked_of_a_connection_that_is_being_closed(connection: Connection) -> None:
-    """What followed connection.close would never be answered: who asks is told at once."""
+    """What follows connection.close is never answered: the call raises at once."""
     told = Told(connection)
     adapter = connection._adapter
     assert adapter is not None
@@ -98,7 +98,7 @@ def test_calls_of_several_greenlets_go_one_after_the_other(connection: Connectio
     channel.close()
 
 
-def test_a_refusal_is_told_to_who_asked(connection: Connection) -> None:
+def test_a_refusal_ends_the_call_with_its_code(connection: Connection) -> None:
     """A channel that the broker closes in answer ends the call with the broker's code."""
     told = Told(connection)
     with pytest.raises(ChannelLost) as refused:
@@ -106,7 +106,7 @@ def test_a_refusal_is_told_to_who_asked(connection: Connection) -> None:
     assert refused.value.reply_code == 404
 
 
-def test_who_gets_no_answer_is_told_in_time(
+def test_a_call_without_an_answer_ends_in_time(
     connection: Connection, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call ends with what is missing, the channel is closed, and a late answer reaches nobody."""
@@ -144,8 +144,8 @@ class FakeAdapter:
         del self.channels[number]
 
 
-def test_a_refusal_right_behind_an_answer_is_told() -> None:
-    """One read brings an answer and then the channel's end: who asked for two is told, and does not wait on."""
+def test_a_refusal_in_the_same_read_as_an_answer_ends_the_call() -> None:
+    """One read has an answer and then the channel's end: a call that awaits two answers ends."""
     channel = Channel(cast(Connection, FakeAdapter()))
     asking = gevent.spawn(channel.call, spec.Exchange.Declare(exchange="e"), spec.Queue.Declare(queue="q"))
     gevent.sleep(0)
@@ -160,7 +160,7 @@ def test_a_refusal_right_behind_an_answer_is_told() -> None:
     assert refused.value.reply_code == 406
 
 
-def test_a_cancel_after_the_close_is_not_told() -> None:
+def test_a_cancel_after_the_close_is_dropped() -> None:
     """A late cancel of a closed channel would end the one that has taken its place."""
     cancelled: list[bool] = []
     channel = Channel(cast(Connection, FakeAdapter()), on_cancel=lambda: cancelled.append(True))

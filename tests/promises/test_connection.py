@@ -1,4 +1,4 @@
-"""A connection's keeper goes on whatever happens to it, and waits no longer than it has to."""
+"""The keeper of a connection survives each exception, and pauses no longer than it has to."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class States:
 def test_a_fault_in_finding_the_broker_does_not_end_the_keeper(
     broker_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`urls` raises what nobody expected: it is logged, the state says WAITING, and the next attempt opens."""
+    """`urls` raises an unexpected exception: it is logged, the state is WAITING, and the next attempt opens."""
     failures = [KeyError("odd"), OSError("odder")]
 
     def urls() -> list[str]:
@@ -66,7 +66,7 @@ def test_a_fault_in_finding_the_broker_does_not_end_the_keeper(
     assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [KeyError, OSError]
 
 
-def test_who_fails_to_take_a_state_does_not_disturb_the_connection(broker_url: str) -> None:
+def test_a_failing_state_callback_does_not_disturb_the_connection(broker_url: str) -> None:
     """`on_state` raises at each change, also in the event loop: the connection opens, and comes back."""
     states = States(*ConnectionState)
     made = Connection(lambda: [broker_url], name="test", heartbeat=60, on_state=states)
@@ -105,7 +105,7 @@ def test_a_fault_while_it_is_open_leaves_no_second_connection(
     made.close()
 
 
-def test_no_url_at_all_is_waited_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_any_url_it_pauses_and_tries_again(caplog: pytest.LogCaptureFixture) -> None:
     """Where no URL is known it pauses as after any failure, and says so, instead of asking without a pause."""
     asked = 0
 
@@ -146,7 +146,7 @@ def wait_for(look: Callable[[], object]) -> None:
 def test_when_one_connection_opens_the_others_of_the_relay_try_at_once(
     broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Publisher and consumers wait out a long pause each; the first that is let try brings the other with it."""
+    """Publisher and consumers are in a long pause; when one of them has opened, the other tries at once."""
     way = Away(broker_url)
     relay = Relay(load(None, {"IMRELAY_BROKER_URL": broker_url}), way)
     relay.start()
@@ -165,7 +165,9 @@ def test_when_one_connection_opens_the_others_of_the_relay_try_at_once(
     relay.stop(1)
 
 
-def test_hurrying_disturbs_only_who_backs_off(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hurry_ends_only_the_pause_after_a_failed_attempt(
+    broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An open connection stays, a closed one too, and the random pause after a loss is not cut short."""
     way = Away(broker_url)
     made = Connection(way, name="test", heartbeat=60)
@@ -186,7 +188,7 @@ def test_hurrying_disturbs_only_who_backs_off(broker_url: str, monkeypatch: pyte
     assert made.is_closed
 
 
-def test_each_hurry_is_one_attempt(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_hurry_makes_one_attempt(broker_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hurried attempt that fails is followed by a pause again, the first of a new row."""
     tries: list[int] = []
 

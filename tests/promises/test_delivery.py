@@ -386,7 +386,7 @@ def test_an_ordinary_program_sees_what_the_relay_publishes(
                 assert (properties.type, properties.app_id) == (kind, "imrelay")
 
 
-def test_what_stands_on_the_broker(relay: RelayFactory, user: str, broker: VirtualHost) -> None:
+def test_objects_on_the_broker(relay: RelayFactory, user: str, broker: VirtualHost) -> None:
     """The exchange of all, an auto-delete topic exchange per user, a durable inbox, and two bindings."""
     host = relay(inbox_ttl=60, inbox_expires=3600, inbox_max_length=7, inbox_max_bytes=9000)
     wait_until_ready(host)
@@ -458,7 +458,7 @@ def test_ids_of_any_look_are_routed(relay: RelayFactory, odd: str) -> None:
 # -- settings that have changed ------------------------------------------------------------------------------
 
 
-def test_changed_settings_lock_nobody_out(relay: RelayFactory, user: str) -> None:
+def test_an_inbox_of_other_settings_is_used_as_it_is(relay: RelayFactory, user: str) -> None:
     """Inboxes of other settings are used as they are; the relay says so once, whoever it was."""
     users = [user, f"{user}b", f"{user}c"]
     host = relay()
@@ -504,7 +504,7 @@ def test_changed_settings_do_not_stop_further_sockets(relay: RelayFactory, user:
 
 
 @pytest.mark.parametrize("has_inbox", [True, False], ids=["with an inbox", "without"])
-def test_an_exchange_of_other_making_locks_nobody_out(
+def test_a_user_exchange_made_by_another_program_is_used(
     relay: RelayFactory, user: str, broker: VirtualHost, has_inbox: bool
 ) -> None:
     """Where another program has made `user.<id>` in its own way, the relay takes it as it is."""

@@ -77,7 +77,9 @@ def user() -> str:
     return f"node-{next(_numbers)}"
 
 
-def test_bodies_of_the_article_are_unwrapped(host: RelayProcess, article: ArticleServer, user: str) -> None:
+def test_messages_of_the_article_server_arrive_unwrapped(
+    host: RelayProcess, article: ArticleServer, user: str
+) -> None:
     """What the article's server publishes arrives as its user sent it: text as text, binary as binary."""
     with Browser(host, user) as browser:
         article.push(user, TEXT_BODY)

@@ -1,4 +1,4 @@
-"""The short way is taken by every message, and messages share their reads and writes; counted, not timed."""
+"""Every message takes the codec's path, and messages share their reads and writes; counted, not timed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def converse(relay: FrameCountingRelay, window: int, kind: str = "text") -> None
 
 
 @pytest.mark.parametrize("kind", ["text", "binary"])
-def test_no_message_goes_through_the_long_way(counted: FrameCountingRelay, kind: str) -> None:
+def test_pika_decodes_no_frame_of_a_message(counted: FrameCountingRelay, kind: str) -> None:
     """pika decodes what opens and closes a connection or a channel, and no frame of any message."""
     converse(counted, WINDOW, kind)
     assert counted.stop()["decoded by pika"] < 100

@@ -1,4 +1,4 @@
-"""What the tests themselves rest on, where it could fail without any of them noticing."""
+"""The parts of the harness whose failure no other test would notice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The relay inside gunicorn: conversations across its workers, refusals, and a stop that browsers are told of."""
+"""The relay inside gunicorn: conversations across its workers, refusals, and a stop with close code 1012."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Address:
 
 @pytest.fixture(scope="module")
 def host(broker_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayProcess]:
-    """One relay with the default settings for all that need no more; no question is a fault of it."""
+    """One relay with the default settings for all tests that need no other."""
     arguments = ["serve", "--server-port=0", f"--broker-url={broker_url}"]
     relay = RelayProcess(tmp_path_factory.mktemp("relay"), arguments, plain_environment())
     try:
@@ -203,7 +203,7 @@ BAD_HANDSHAKES: dict[str, dict[str, str | None]] = {
 
 @pytest.mark.parametrize("changes", BAD_HANDSHAKES.values(), ids=BAD_HANDSHAKES)
 def test_a_bad_handshake_is_refused(host: RelayProcess, changes: dict[str, str | None]) -> None:
-    """400 with a JSON body, and nobody comes into being."""
+    """400 with a JSON body, and no session is made."""
     answer = ask(host, handshake("/refused", **changes))
     assert answer.status == 400
     assert error_in(answer)["code"] == "bad_handshake"

@@ -1,4 +1,4 @@
-"""What clients of plain HTTP can make the relay do and hold is bounded, and sockets go on meanwhile."""
+"""Clients of plain HTTP have limits of time, size and number, and cannot disturb sockets."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_an_unknown_recipient_is_refused_where_that_is_set(relay: RelayFactory, 
     ],
     ids=lambda changed: next(iter(changed)).removeprefix("inbox_"),
 )
-def test_changed_settings_lock_nobody_out(
+def test_relays_of_old_and_new_settings_share_users(
     relay: RelayFactory, broker: VirtualHost, changed: dict[str, Any]
 ) -> None:
     """Relays of old and new settings share users under load; old inboxes go on as they are, said once a relay."""
@@ -150,7 +150,7 @@ def test_changed_settings_lock_nobody_out(
     assert before != after, "an inbox made from now on has the new settings"
 
 
-def test_an_exchange_of_another_kind_locks_nobody_out(relay: RelayFactory, broker: VirtualHost) -> None:
+def test_a_user_exchange_of_another_kind_is_used(relay: RelayFactory, broker: VirtualHost) -> None:
     """A user whose exchange somebody made by hand, not auto-delete, gets messages all the same."""
     with amqp(broker.url) as channel:
         channel.exchange_declare("user.bob", "fanout", durable=True)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.broker import Outside
 from tests.model.fleet import PROFILES, Fleet
 from tests.model.machine import SEED, SUITE, Stage, run, staged
+from tests.model.outside import Outside
 from tests.support.harness import Node, VirtualHost
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The inboxes of many who were never here are opened a few at a time, and everybody gets their message."""
+"""The inboxes of many unknown ids are opened a few at a time, and each gets its message."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Channels(MethodTap):
             self.published += 1
 
 
-def test_first_messages_to_many_strangers_open_few_channels(relay: RelayFactory, broker: VirtualHost) -> None:
+def test_first_messages_to_many_unknown_ids_open_few_channels(relay: RelayFactory, broker: VirtualHost) -> None:
     """First messages to 200 unknown ids at once: each is acknowledged, over at most 16 channels at a time."""
     seen = _Channels()
     with Proxy(broker.url, tap=seen) as proxy:

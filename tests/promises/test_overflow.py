@@ -1,4 +1,4 @@
-"""What waits for a slow socket is bounded in bytes; all of it comes in the end, once and in order."""
+"""Messages that wait for a slow socket are bounded in bytes; all of them arrive, once and in order."""
 
 from __future__ import annotations
 

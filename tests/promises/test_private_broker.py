@@ -1,4 +1,4 @@
-"""The private RabbitMQ: alone on loopback, in its own folder, for as long as the relay, and nobody's trouble."""
+"""The private RabbitMQ: on loopback alone, in its own folder, as long as the relay, apart from any other."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_a_relay_killed_leaves_nothing_that_the_next_one_cannot_use(node: Node, 
 
 
 class Neighbour:
-    """A RabbitMQ as somebody else runs it: the start script by hand, an epmd that Erlang starts, guest."""
+    """A RabbitMQ of another owner: started by its script, with an epmd that Erlang starts, and the user guest."""
 
     def __init__(self, directory: Path, scripts: Path, *, amqp_port: int, dist_port: int, epmd_port: int) -> None:
         directory.mkdir()
@@ -385,7 +385,7 @@ class Neighbour:
 
 
 def test_a_rabbitmq_of_somebody_else_is_left_alone(node: Node, tmp_path: Path) -> None:
-    """One that took all our ports keeps them, its connections and data; ours moves to others with its own data."""
+    """One that has taken all our ports keeps them, its connections and data; ours moves to other ports."""
     first = Node(tmp_path / "data")
     keep(first, "moved", b"with us")
     first.stop()
@@ -485,7 +485,7 @@ def fake_rabbitmq(folder: Path, body: str, *, name: str = "rabbitmq-server") -> 
 
 
 def test_a_node_that_ends_during_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
-    """The sentence has its status, where its log is and its last words; nothing is left running."""
+    """The sentence has its status, the path of its log and the end of its output; nothing is left running."""
     fake_rabbitmq(tmp_path / "bin", "echo first; echo 'boom: no luck' >&2; exit 3")
     monkeypatch.setattr(installation, "_PLACES", (str(tmp_path / "bin"),))
     broker = PrivateBroker(tmp_path / "data")
@@ -528,7 +528,7 @@ def test_a_node_that_is_never_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert_free(tmp_path / "data")
 
 
-def test_two_at_once_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
+def test_two_relays_that_start_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, node: Node) -> None:
     """While one is still starting the other is refused, and its end does not free the folder of the first."""
     fake_rabbitmq(tmp_path / "bin", "exec sleep 60")
     monkeypatch.setattr(installation, "_PLACES", (str(tmp_path / "bin"),))
@@ -549,7 +549,7 @@ def test_two_at_once_on_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     eventually(lambda: not is_alive(node_pid))
 
 
-def test_a_damaged_memory_is_not_overwritten(tmp_path: Path, node: Node) -> None:
+def test_a_damaged_node_json_is_not_overwritten(tmp_path: Path, node: Node) -> None:
     """A `node.json` that cannot be read would cost the node its name and with it its data: it is refused."""
     data_dir = tmp_path / "data"
     data_dir.mkdir()

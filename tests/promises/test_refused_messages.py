@@ -1,4 +1,4 @@
-"""A message that the broker refuses is answered for good, and costs nobody else more than a moment."""
+"""A message that the broker refuses gets a final error, and delays others for a moment at most."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_refusals_that_follow_each_other_are_answered_with_longer_pauses() -> No
     assert refusals.pause == 0.1
 
 
-def test_what_is_no_fault_of_a_message_is_not_blamed_on_one(broker: VirtualHost) -> None:
+def test_another_reason_for_a_close_answers_no_message(broker: VirtualHost) -> None:
     """An exchange that is deleted, or a connection that an operator closes, costs no message its life."""
     with running_publisher(broker.url) as sender:
         for number in range(6):

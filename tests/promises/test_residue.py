@@ -48,7 +48,7 @@ def come_and_go(host: Any, user: str, rounds: int) -> None:
             hasty.send(handshake("/" + user.replace(" ", "%20"))[: 60 if number % 2 else None])
 
 
-def test_nothing_is_left_of_1000_sockets(host: CountedRelay, broker: VirtualHost) -> None:
+def test_1000_sockets_leave_nothing_behind(host: CountedRelay, broker: VirtualHost) -> None:
     """After 1,000 connects of the same ids all is as before: on the broker, greenlets, objects, descriptors."""
     for user in USERS:
         come_and_go(host, user, 1)

@@ -1,4 +1,4 @@
-"""A browser that comes back names the session that it had: that one is ended first, on whatever relay it hangs."""
+"""A browser that comes back names its former session: that is ended first, on whichever relay it is."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_the_relay_of_the_session_is_gone(
 def test_the_relay_of_the_session_does_not_answer(
     relay: RelayFactory, broker: VirtualHost, sender: Browser, come: Return, user: str
 ) -> None:
-    """A relay that is stopped in its tracks is waited for for a moment; then the session opens all the same."""
+    """The handshake waits a moment for a relay that is paused; then the session opens."""
     silent = relay()
     wait_until_ready(silent)
     eventually(lambda: len(relay_queues(broker)) == 3)
@@ -304,7 +304,7 @@ def test_one_session_is_resumed_at_most(offered: str, resumed: str | None) -> No
 # -- the relay queue -----------------------------------------------------------------------------------------
 
 
-def test_what_stands_on_the_broker(
+def test_the_relay_queue_on_the_broker(
     broker: VirtualHost, hosts: list[RelayProcess], come: Return, user: str
 ) -> None:
     """Each process has an exclusive, bounded queue, named by what its sessions' ids have in common."""

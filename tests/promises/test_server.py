@@ -1,4 +1,4 @@
-"""A relay with a RabbitMQ of its own starts from the port up and stops from the sockets down, leaving nothing."""
+"""A relay with a RabbitMQ of its own listens first and stops RabbitMQ last, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_stop_during_the_start_leaves_nothing(
 def test_a_port_that_is_taken_is_told_before_a_rabbitmq_is_begun(
     relay: RelayFactory, node: Node, tmp_path: Path
 ) -> None:
-    """Whether it can listen is found out first: where it cannot, no folder is made and no RabbitMQ booted."""
+    """It listens first: if that fails, no folder is made and no RabbitMQ started."""
     with socket.create_server(("127.0.0.1", 0)) as somebody:
         port = somebody.getsockname()[1]
         process = relay(
@@ -112,8 +112,10 @@ def test_a_port_that_is_taken_is_told_before_a_rabbitmq_is_begun(
     assert not (tmp_path / "data").exists()
 
 
-def test_from_the_first_knock_to_the_last_close(node: Node, tmp_path: Path, started: list[CountedRelay]) -> None:
-    """Who knocks before RabbitMQ is there is let in when it is; it is there until the last socket is closed."""
+def test_rabbitmq_runs_from_the_first_connection_to_the_last_close(
+    node: Node, tmp_path: Path, started: list[CountedRelay]
+) -> None:
+    """A client that connects before RabbitMQ is ready is served later; RabbitMQ stops after the last socket."""
     relay = Beginner(tmp_path / "relay")
     started.append(relay)
     with relay.connect() as early:

@@ -1,4 +1,4 @@
-"""What becomes of a session when something in it fails: it ends, and its consumer, greenlet and place with it."""
+"""A session in which something fails ends, with its consumer, its greenlet and its place in the registry."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class FakeSocket:
 
 
 def raise_fault(*arguments: object, **more: object) -> Any:
-    """Fail as nobody expects."""
+    """Raise an unexpected exception."""
     raise RuntimeError("injected")
 
 
@@ -251,7 +251,7 @@ def test_a_fault_while_a_message_is_read_ends_the_session(
 def test_a_fault_of_an_answer_ends_the_session(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A browser whose message cannot be answered is not left without: the session ends with 1011."""
+    """A session whose browser cannot be answered ends with 1011."""
     bench.open()
     bench.socket.receive(b'{"to":{"id":"ben"},"id":1}')
     eventually(lambda: bench.publisher.publications, sleep=gevent.sleep)
@@ -279,7 +279,7 @@ def test_the_end_of_its_socket_ends_the_session(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("moment", ["waiting", "writing", "waiting for the browser"])
-def test_a_greenlet_that_is_killed_takes_the_session_along(bench: Bench, moment: str) -> None:
+def test_killing_the_greenlet_ends_the_session(bench: Bench, moment: str) -> None:
     """Whenever the server ends the greenlet of the request, nothing of the session is left."""
     bench.open()
     code = 1001
@@ -341,7 +341,7 @@ def test_messages_without_an_answer_are_bounded_in_number(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("broken", ["socket", "consumer"])
-def test_what_cannot_be_closed_does_not_keep_the_rest(bench: Bench, broken: str) -> None:
+def test_a_failing_close_does_not_prevent_the_others(bench: Bench, broken: str) -> None:
     """When closing the socket or the consumer fails, all else is closed, and the registry counts it no longer."""
     bench.open()
     getattr(bench, broken).failure = RuntimeError("injected")
@@ -364,7 +364,7 @@ def test_answers_that_nobody_takes_are_bounded_in_bytes(bench: Bench) -> None:
 
 
 def test_who_resumes_a_session_waits_until_the_broker_has_back_what_it_had(bench: Bench) -> None:
-    """Its end is awaited by all who resume it, and also when it has left by itself; a stranger ends nothing."""
+    """Each call that ends a session waits, also when it has ended by itself; another user's call ends nothing."""
     bench.open()
     session = bench.session.id
     bench.registry.end("bob", session, 600)

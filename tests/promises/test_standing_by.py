@@ -1,4 +1,4 @@
-"""Every socket of a user gets every message, whoever came first, also where the broker cannot tell who did."""
+"""Every socket of a user gets every message, whichever came first, also if the broker does not tell which."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def test_a_slow_reader_does_not_hold_the_stop_beyond_drain_timeout(relay: RelayF
 def test_a_second_signal_ends_it_at_once(
     relay: RelayFactory, first: signal.Signals, second: signal.Signals
 ) -> None:
-    """Who asks twice does not want to wait: the process ends, with a status that says it was not graceful."""
+    """A second signal ends the process, with a status that says that the stop was not graceful."""
     process = relay(clean=False, server_drain_timeout=FOR_EVER, websocket_send_timeout=FOR_EVER)
     with Unreader(process, f"unreader{first.name}"):
         process.process.send_signal(first)
@@ -323,7 +323,7 @@ def test_a_stop_while_the_broker_is_away(relay: RelayFactory, broker_url: str) -
 
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["nobody", "silent"])
-def test_it_can_be_stopped_before_it_found_its_broker(relay: RelayFactory, is_there: bool) -> None:
+def test_a_stop_before_the_broker_is_found(relay: RelayFactory, is_there: bool) -> None:
     """A relay that never had its broker stops as any other: nobody is there, or somebody who does not answer."""
     with socket.create_server(("127.0.0.1", 0)) as somebody:
         url = f"amqp://127.0.0.1:{somebody.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""HTTP connections are counted and bounded, sockets are not among them; a shortage of descriptors is survived."""
+"""HTTP connections are bounded, sockets are not counted; the server survives a shortage of descriptors."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_one_more_is_refused(server):
         assert_refused(ask(server, PAGE))
 
 
-def test_in_a_crowd_health_and_sockets_are_served(server):
-    """Connections that hold all places keep neither a health check nor a WebSocket outside."""
+def test_when_full_health_checks_and_sockets_are_served(server):
+    """While idle connections hold all places, health checks and WebSockets are served."""
     with ExitStack() as stack:
         hold(stack, server, BOUND)
         assert ask(server, HEALTH).status == 200
@@ -97,7 +97,7 @@ def test_every_end_gives_the_place_back(server, request_):
         assert_refused(ask(server, PAGE))
 
 
-def test_hundreds_that_say_nothing(server):
+def test_hundreds_of_silent_connections(server):
     """A health check gets through between them; each is told, the oldest as soon as another needs its place."""
     with ExitStack() as stack:
         peers = hold(stack, server, 300)

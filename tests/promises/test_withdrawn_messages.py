@@ -1,4 +1,4 @@
-"""What was answered with an error is not delivered after all, or its sender was told that it may be."""
+"""A message that was answered with an error is not delivered later, unless the error said `uncertain`."""
 
 from __future__ import annotations
 

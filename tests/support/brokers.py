@@ -110,7 +110,7 @@ def kill_node(node: Node) -> None:
 
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    """Stop a process in its tracks (SIGSTOP), and let it go on."""
+    """Pause a process (SIGSTOP), and let it go on."""
     os.kill(pid, signal.SIGSTOP)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A broker that does what a test tells it, in a thread: what RabbitMQ does once in a hundred years."""
+"""A broker that follows the script of a test, in a thread: for what RabbitMQ does very rarely."""
 
 from __future__ import annotations
 

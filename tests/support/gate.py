@@ -1,4 +1,4 @@
-"""A way to the broker on which its answers can be held up, while greenlets of this process go on."""
+"""A proxy to the broker that can hold up its answers, while greenlets of this process go on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Gate"]
 
 
 class Gate(MethodTap):
-    """A way to the broker on which its answers can be held up, from a certain method on; use it as a context."""
+    """A proxy to the broker that can hold up its answers, from a certain method on; use it as a context."""
 
     def __init__(self, url: str) -> None:
         super().__init__()

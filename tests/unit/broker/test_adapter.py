@@ -52,7 +52,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class TlsContexts:
-    """The contexts of both sides; None: in the clear."""
+    """The contexts of both sides; None: no TLS."""
 
     broker: ssl.SSLContext | None
     relay: ssl.SSLContext | None
@@ -60,7 +60,7 @@ class TlsContexts:
 
 @pytest.fixture(scope="module", params=["clear", "TLS"])
 def tls(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TlsContexts:
-    """Each test that takes it is played in the clear and over TLS."""
+    """Each test that takes it runs without TLS and with it."""
     if request.param == "clear":
         return TlsContexts(None, None)
     authority = Authority(tmp_path_factory.mktemp("adapter") / "authority")
@@ -95,7 +95,7 @@ def test_a_name_that_does_not_resolve_is_said() -> None:
         assert "[Errno -" in connection.problem
 
 
-def test_a_broker_that_takes_the_connection_and_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_broker_is_left_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """The AMQP handshake has a deadline; the socket is closed behind it."""
     ended = threading.Event()
 
@@ -260,7 +260,7 @@ def test_a_broker_that_floods_starves_nobody(tls: TlsContexts) -> None:
     assert max(seen.count(turn) for turn in set(seen)) <= 3, "deliveries of one read share a turn, and no more"
 
 
-def test_what_a_broker_says_before_a_write_fails_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_came_before_a_write_fails_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The broker closes with a reason, and a write meets the broken connection first: the reason is told."""
     may_close = threading.Event()
 
@@ -371,7 +371,7 @@ def test_frames_out_of_order_end_the_connection(frames: list[Any]) -> None:
         assert re.search("out of order|within a message", channel.lost.reason)
 
 
-def test_who_fails_to_take_a_delivery_ends_its_connection_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_delivery_callback_ends_its_connection_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
     """An exception where nothing may raise is logged, each channel is told of the end, and it comes back."""
 
     def deliver(peer: BrokerSide) -> None:

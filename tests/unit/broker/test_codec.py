@@ -1,4 +1,4 @@
-"""The short way for AMQP frames says exactly what pika's codec says, and leaves alone what it does not know."""
+"""The codec for AMQP frames agrees with pika's, and leaves alone the frames that it does not know."""
 
 from __future__ import annotations
 

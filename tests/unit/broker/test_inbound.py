@@ -1,4 +1,4 @@
-"""However the bytes of a connection are cut, each channel gets what is for it, whole and in order."""
+"""However the bytes of a connection are split, each channel gets its frames, whole and in order."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from imrelay.settings.values import InboxConfig
 
 #: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
-#: Looks at a connection after which somebody is only turning round.
+#: So many looks at a connection without a pause are a busy loop.
 MANY_LOOKS = 10_000
 
 
@@ -64,7 +64,7 @@ class FakeConnection:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is; ends who asks for ever without giving others their turn."""
+        """Whether it is open; fails in a busy loop."""
         self.looks += 1
         assert self.looks < MANY_LOOKS, "somebody looks again and again"
         return self._is_open
@@ -100,7 +100,7 @@ class HeldPool:
         return cast(Held, self.pool.consume(user, Mailbox()))
 
     def fill(self) -> list[Held]:
-        """Keep all that attach busy, each with a user of its own."""
+        """Keep all attachers busy, each with a user of its own."""
         held = [self.consume(f"holds {number}") for number in range(pool._PARALLEL)]
         for consumer in held:
             assert consumer.begun.wait(PATIENCE)
@@ -267,7 +267,7 @@ def test_an_attacher_that_fails_loses_no_consumer(
     assert sum(record.exc_info is not None for record in caplog.records) == 2
 
 
-def test_one_consumer_that_cannot_be_bound_again_keeps_no_other_from_it(
+def test_a_consumer_that_cannot_be_bound_again_does_not_prevent_the_others(
     attaching: HeldPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rebinder looks at every consumer, round after round, whatever one of them raises."""

@@ -57,7 +57,7 @@ def owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
     made.stop()
 
 
-def test_a_session_that_cannot_be_checked_does_not_keep_the_others_from_it(owner: Registry) -> None:
+def test_a_session_that_cannot_be_checked_is_closed(owner: Registry) -> None:
     """It is closed with 1011 and not looked at again; the others are looked at, round after round."""
     good = [FakeMember(owner) for _ in range(4)]
     bad, worse = FakeMember(owner, fails="check"), FakeMember(owner, fails="check close")
@@ -91,7 +91,7 @@ def test_the_checks_go_on_after_a_round_that_fails(owner: Registry, monkeypatch:
     assert member.checked.wait(PATIENCE)
 
 
-def test_a_session_that_cannot_be_finished_does_not_keep_the_others_from_it(owner: Registry) -> None:
+def test_a_session_that_cannot_be_finished_does_not_prevent_the_others(owner: Registry) -> None:
     """At the stop each of the others is ended; the faulty one is closed after the time."""
     bad, worse = FakeMember(owner, fails="finish"), FakeMember(owner, fails="finish close")
     good = [FakeMember(owner) for _ in range(4)]

@@ -248,7 +248,7 @@ def test_other_codings_are_refused(server, coding):
         bytes(range(256)) + b"\r\n\r\n",
     ],
 )
-def test_heads_that_are_none(server, head):
+def test_malformed_heads_are_refused(server, head):
     """400 with a JSON body."""
     with Peer(server) as peer:
         peer.send(head)
@@ -289,7 +289,7 @@ def test_a_body_that_never_comes(hasty, headers, path):
         peer.read_end()
 
 
-def test_a_byte_now_and_then_does_not_help(hasty):
+def test_a_trickled_body_gets_408(hasty):
     """The time is for the whole body."""
     with Peer(hasty) as peer:
         peer.sock.settimeout(0.05)

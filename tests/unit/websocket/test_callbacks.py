@@ -12,7 +12,7 @@ from imrelay.websocket.conversation import ANSWER_BEFORE_CLOSE, MAX_QUEUED_BYTES
 from imrelay.websocket.transport import READ_SIZE
 from tests.support.harness import eventually
 from tests.support.websocket_peer import BINARY, PING, TEXT, close_frame, frame
-from tests.unit.websocket.test_conversation import Clock, pair, settle
+from tests.unit.websocket.test_conversation import FrozenClock, pair, settle
 
 #: Seconds after which a wait fails; no measure of speed.
 PATIENCE = 20.0
@@ -21,7 +21,7 @@ PATIENCE = 20.0
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still, far ahead of that of the sweeper, for which nothing is due then."""
-    made = Clock()
+    made = FrozenClock()
     made.now = 1e9
     monkeypatch.setattr(conversation, "monotonic", made)
     return made
@@ -191,7 +191,7 @@ def test_the_end_comes_behind_the_messages(how):
 
 
 @pytest.mark.parametrize("how", ["a close frame", "the end of the stream"])
-def test_the_end_waits_for_a_pause(how, clock):
+def test_the_end_comes_after_the_messages_of_a_pause(how, clock):
     """The peer's close is answered after a while; the messages before it are handed over even so, then the end."""
     with pair() as (websocket, peer):
         application = Application(websocket, 10)

@@ -1,4 +1,4 @@
-"""What goes on in the hub, with a clock of the test's own: moments that no peer can bring about at will."""
+"""What a WebSocket does in the event loop, with a clock of the test, which no peer could make happen."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pair(**limits):
 
 
 def settle():
-    """Let the hub do all that it can."""
+    """Run the event loop until it has nothing to do."""
     for _ in range(5):
         gevent.sleep(0.001)
 
@@ -111,8 +111,8 @@ def test_deadlines_of_a_closing_socket(clock):
             assert websocket.close_code == 1000
 
 
-def test_in_the_hub_nothing_waits():
-    """`send` and `close` called in the hub leave their bytes to the outbox and return."""
+def test_in_the_event_loop_nothing_blocks():
+    """`send` and `close` called in the event loop queue their bytes in the outbox and return."""
     with pair() as (websocket, peer):
         done = []
 
@@ -207,7 +207,7 @@ def test_after_a_close_nothing_is_received():
         assert websocket.receive() is None
 
 
-def test_what_ended_a_socket_first_is_what_ended_it():
+def test_first_close_reason_wins():
     """A close frame that waits for the messages before it changes nothing when the connection is lost before."""
     with pair() as (websocket, peer):
         peer.sendall(frame(TEXT, b"x") * 3 + close_frame(4000))

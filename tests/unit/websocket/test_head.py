@@ -32,7 +32,7 @@ def test_an_unfinished_head_gets_408(server, begun):
         peer.read_end()
 
 
-def test_a_byte_now_and_then_does_not_help(server):
+def test_a_trickled_head_is_ended(server):
     """The deadline is that of the whole head: a client that keeps sending single bytes is ended all the same."""
     with Peer(server) as peer:
         peer.sock.settimeout(0.1)

@@ -1,4 +1,4 @@
-"""Turns of the hub: whoever has more to do than one turn allows waits until the event loop has looked at all."""
+"""Turns: a socket with more to do than one turn allows waits until the event loop has polled all sockets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_event_loop_polls_between_two_rounds():
 
 
 def test_turns_are_taken_in_order():
-    """What is added is called once, in the order of adding, by the hub."""
+    """What is added is called once, in the order of adding, in the event loop."""
     turns = turns_of(gevent.get_hub())
     seen = []
     for number in range(5):

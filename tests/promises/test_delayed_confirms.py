@@ -1,4 +1,4 @@
-"""Confirms that nobody waits for are read in company, those that somebody waits for at once, and none is lost."""
+"""Confirms that no sender waits for are read together after a delay, all others at once; none is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE = 20.0
 
 
 class Publishing:
-    """A publishing channel, what it was told, and whether the kernel keeps quiet about what comes."""
+    """A publishing channel, the confirms that it got, and whether the reading of its connection is delayed."""
 
     def __init__(self, connection: Connection) -> None:
         self.confirmed: list[int] = []
@@ -41,14 +41,14 @@ class Publishing:
         content = self._template.encode_content("m", False, b"{}")
         self._channel.publish(self._template.encode_method("here") + content, at_once=at_once)
 
-    def be_patient(self) -> None:
-        """Have the kernel keep quiet, for good."""
+    def delay(self) -> None:
+        """Delay the reading, without an end."""
         adapter = self._connection._adapter
         assert adapter is not None
-        adapter.set_patience(True)
+        adapter.delay_reads(True)
 
     @property
-    def is_patient(self) -> bool:
+    def is_delayed(self) -> bool:
         """Whether a few bytes would not wake the process."""
         adapter = self._connection._adapter
         assert adapter is not None
@@ -56,44 +56,44 @@ class Publishing:
         return bool(adapter._stream._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) > 1)
 
 
-def test_what_nobody_waits_for_is_read_a_little_later(connection: Connection) -> None:
-    """After such a publish the kernel keeps quiet; the confirm is read all the same, and then it is as before."""
+def test_a_confirm_that_nobody_waits_for_is_read_later(connection: Connection) -> None:
+    """After such a publish the reading is delayed; then the confirm is read, and the delay is over."""
     publishing = Publishing(connection)
     publishing.publish(at_once=False)
-    assert publishing.is_patient
+    assert publishing.is_delayed
     eventually(lambda: publishing.confirmed, PATIENCE, sleep=gevent.sleep)
     assert publishing.confirmed == [1]
-    eventually(lambda: not publishing.is_patient, PATIENCE, sleep=gevent.sleep)
+    eventually(lambda: not publishing.is_delayed, PATIENCE, sleep=gevent.sleep)
 
 
-def test_what_somebody_waits_for_is_read_at_once(connection: Connection) -> None:
-    """A publish whose confirm is waited for ends the patience, also that for others."""
+def test_a_confirm_that_somebody_waits_for_is_read_at_once(connection: Connection) -> None:
+    """A publish whose confirm is waited for ends the delay, also that of others."""
     publishing = Publishing(connection)
     publishing.publish(at_once=False)
     publishing.publish(at_once=True)
-    assert not publishing.is_patient
+    assert not publishing.is_delayed
     eventually(lambda: publishing.confirmed[-1:] == [2], PATIENCE, sleep=gevent.sleep)
 
 
-def test_a_connection_that_ends_meanwhile_is_noticed(connection: Connection, gate: Gate) -> None:
-    """The end of the stream is no small matter: it wakes the process whatever it waits for."""
+def test_the_end_of_the_connection_is_read_at_once(connection: Connection, gate: Gate) -> None:
+    """The end of the stream wakes the process during a delay."""
     publishing = Publishing(connection)
-    publishing.be_patient()
-    assert publishing.is_patient
+    publishing.delay()
+    assert publishing.is_delayed
     gate.reset()
     assert publishing.lost.wait(PATIENCE)
 
 
 class Spied(Publisher):
-    """A publisher that remembers with which haste it published."""
+    """A publisher that remembers the `at_once` of each publish."""
 
-    haste: list[bool]
+    at_once: list[bool]
 
     def _open(self) -> None:
         super()._open()
         channel = self._channel
         assert channel is not None
-        self.haste = []
+        self.at_once = []
 
         class Spy:
             """Passes everything on."""
@@ -101,8 +101,8 @@ class Spied(Publisher):
             def __getattr__(self, name: str) -> object:
                 return getattr(channel, name)
 
-            def publish(spy, frames: bytes, *, at_once: bool) -> None:  # noqa: N805 - two selves
-                self.haste.append(at_once)
+            def publish(spy, frames: bytes, *, at_once: bool) -> None:  # noqa: N805 - `self` is the publisher
+                self.at_once.append(at_once)
                 channel.publish(frames, at_once=at_once)
 
         self._channel = Spy()  # type: ignore[assignment]
@@ -110,14 +110,14 @@ class Spied(Publisher):
 
 @pytest.fixture
 def publisher(broker: VirtualHost) -> Iterator[Spied]:
-    """A publisher with room for ten messages, to whom `ben` is known."""
+    """A publisher with room for ten messages, which knows the inbox of `ben`."""
 
     def new_connection(name, on_state):
         return Connection(lambda: [broker.url], name=name, heartbeat=60, on_state=on_state)
 
     made = Spied(
         new_connection,
-        Topology("patience", InboxConfig()),
+        Topology("delayed", InboxConfig()),
         queue_size=10,
         timeout=PATIENCE,
         persistent=False,
@@ -141,27 +141,27 @@ def send(publisher: Publisher, mid: str, message_id: str | None = None) -> list[
     return answers
 
 
-def test_a_message_without_an_id_is_in_no_hurry(publisher: Spied) -> None:
+def test_a_message_without_an_id_has_its_confirm_delayed(publisher: Spied) -> None:
     """Nobody waits for the answer to a message without an id."""
-    publisher.haste.clear()
+    publisher.at_once.clear()
     answers = send(publisher, "second")
     eventually(lambda: answers, PATIENCE, sleep=gevent.sleep)
     assert answers == [None]
-    assert publisher.haste == [False]
+    assert publisher.at_once == [False]
 
 
-def test_a_message_with_an_id_is_waited_for(publisher: Spied) -> None:
+def test_a_message_with_an_id_has_its_confirm_read_at_once(publisher: Spied) -> None:
     """Its sender gets its answer as soon as the broker has confirmed it, whoever sends without one beside it."""
-    publisher.haste.clear()
+    publisher.at_once.clear()
     first = send(publisher, "second", "c1")
     second = send(publisher, "third")
     eventually(lambda: first and second, PATIENCE, sleep=gevent.sleep)
-    assert publisher.haste[0]
+    assert publisher.at_once[0]
 
 
-def test_a_queue_that_fills_is_in_a_hurry(publisher: Spied) -> None:
+def test_a_queue_that_fills_has_its_confirms_read_at_once(publisher: Spied) -> None:
     """When over half of the room is taken, confirms make room: they are read as they come."""
-    publisher.haste.clear()
+    publisher.at_once.clear()
     answers = [send(publisher, f"m{number}") for number in range(8)]
     eventually(lambda: all(answers), PATIENCE, sleep=gevent.sleep)
-    assert publisher.haste[0]
+    assert publisher.at_once[0]

@@ -37,7 +37,9 @@ def test_the_first_conversation(relay: RelayFactory) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"subprotocols": ["echo-protocol"]}], ids=["none", "echo-protocol"])
-def test_both_ways_of_being_plain(relay: RelayFactory, somebody: Iterator[str], options: dict[str, Any]) -> None:
+def test_plain_with_and_without_echo_protocol(
+    relay: RelayFactory, somebody: Iterator[str], options: dict[str, Any]
+) -> None:
     """The article's client works with its `echo-protocol` and without: messages and nothing else arrive."""
     host = relay(websocket_ping_interval=0.1)
     with Browser(host, next(somebody), **options) as one, Browser(host, next(somebody), **options) as two:
@@ -136,7 +138,7 @@ def test_numbers_as_ids(relay: RelayFactory) -> None:
         assert one.receive() == text
 
 
-def test_to_oneself(relay: RelayFactory, somebody: Iterator[str]) -> None:
+def test_a_message_to_oneself_arrives_once(relay: RelayFactory, somebody: Iterator[str]) -> None:
     """A message to oneself arrives once."""
     with Browser(relay(), next(somebody)) as browser:
         text = browser.say(browser.user)
@@ -158,7 +160,7 @@ def test_a_missing_from_is_added(relay: RelayFactory, somebody: Iterator[str]) -
         assert json.loads(text)["from"] == {"id": one.user}
 
 
-def test_who_asks_gets_an_ack(relay: RelayFactory, somebody: Iterator[str]) -> None:
+def test_a_message_with_an_id_gets_an_ack(relay: RelayFactory, somebody: Iterator[str]) -> None:
     """A message with an `id` is answered once, with that `id`, a rising ULID and the time."""
     host = relay()
     before = time.time() * 1000
@@ -177,7 +179,7 @@ def test_who_asks_gets_an_ack(relay: RelayFactory, somebody: Iterator[str]) -> N
         assert one.rest() == two.rest() == []
 
 
-def test_who_does_not_ask_gets_none(relay: RelayFactory, somebody: Iterator[str]) -> None:
+def test_a_message_without_an_id_gets_no_ack(relay: RelayFactory, somebody: Iterator[str]) -> None:
     """Without an `id`, nothing comes back but what went wrong."""
     with Browser(relay(), next(somebody)) as browser:
         for _ in range(10):
@@ -333,7 +335,7 @@ def test_refused_and_accepted_messages_do_not_mix(relay: RelayFactory, somebody:
         assert known.contents_until(198) == list(range(0, 200, 2))
 
 
-def test_an_unknown_recipient_is_welcome_otherwise(relay: RelayFactory, somebody: Iterator[str]) -> None:
+def test_an_unknown_recipient_gets_an_inbox_by_default(relay: RelayFactory, somebody: Iterator[str]) -> None:
     """By default a message to an id that was never here waits for it."""
     host = relay()
     with Browser(host, next(somebody)) as browser:
@@ -343,7 +345,7 @@ def test_an_unknown_recipient_is_welcome_otherwise(relay: RelayFactory, somebody
             assert known.receive() == text
 
 
-def test_a_full_inbox_is_said_to_the_sender(relay: RelayFactory, somebody: Iterator[str]) -> None:
+def test_the_sender_is_told_of_a_full_inbox(relay: RelayFactory, somebody: Iterator[str]) -> None:
     """Over `[inbox] max_length` the sender gets `inbox_full`, for now; what was accepted is all there is."""
     host = relay(inbox_max_length=3)
     away = next(somebody)
