@@ -78,7 +78,7 @@ class AdmittedSocket:
         """Begin to consume, so that messages sent to the user after the browser's `onopen` reach it.
 
         Blocks while consumers are being attached, for `_ATTACH_TIMEOUT` seconds at most. Where the broker is away,
-        or attaches nobody for `_STALLED_TIMEOUT`, the socket opens without, and gets its messages later.
+        or attaches no consumer for `_STALLED_TIMEOUT`, the socket opens and gets its messages later.
         """
         until = time.monotonic() + _ATTACH_TIMEOUT
         if self._resumed is not None:

@@ -187,7 +187,7 @@ def _positive(text: str) -> int:
 
 
 def _agrees(options: argparse.Namespace, question: str) -> bool:
-    """Ask; raises `SetupError` where there is nobody to ask."""
+    """Ask; raises `SetupError` where there is no terminal."""
     if options.yes:
         return True
     if not sys.stdin.isatty():

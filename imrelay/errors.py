@@ -89,7 +89,7 @@ class BadMessage(AnswerableError):
 
 
 class FromMismatch(AnswerableError):
-    """`from.id` names somebody else than the session's user."""
+    """`from.id` is not the id of the session's user."""
 
     code = "from_mismatch"
 

@@ -224,7 +224,7 @@ class Channel:
     def publish(self, frames: bytes, *, at_once: bool) -> None:
         """Send the frames of one or more messages; returns at once. Not to be called in the event loop.
 
-        `at_once`: somebody waits for their confirms, which else come with a few milliseconds of delay. Raises
+        `at_once`: a sender waits for their confirms, which otherwise are read a few milliseconds later. Raises
         `ChannelLost`.
         """
         if not self._can_send:

@@ -73,7 +73,7 @@ class Connection:
         on_state: Callable[[ConnectionState], None] | None = None,
     ) -> None:
         self.name = name
-        #: Why it is not open, for everybody; and for the operator, with the URL but without its password.
+        #: Why it is not open: as clients may see it, and for the operator, with the URL but without its password.
         self.reason = self.problem = "not connected yet"
         self._shown = ""
         self.state = ConnectionState.WAITING

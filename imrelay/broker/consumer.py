@@ -44,7 +44,7 @@ class Keeper(Protocol):
         """Remove a consumer that was closed."""
 
     def wait_given_back(self, user: str, timeout: float) -> bool:
-        """Block until nobody consumes from an inbox any more, or for `timeout` seconds; tell which it was."""
+        """Block until an inbox has no consumer, or for `timeout` seconds; tell whether it has none."""
 
     def report_kept(self, user: str, lost: ChannelLost) -> None:
         """Log that an inbox was made with other settings and is used as it is."""
@@ -135,7 +135,7 @@ class Consumer:
                 self._channel.send(method)
 
     def rebind_live(self, topology: Topology) -> None:
-        """Bind the live queue again, if there is one: nobody is told when an operator deletes its exchange.
+        """Bind the live queue again, if there is one: an operator may have deleted its exchange without notice.
 
         Where that has not been made again, the broker closes the channel, and all of it comes back with the next.
         """

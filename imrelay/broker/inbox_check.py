@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Users of one round trip.
 _BATCH = 64
-#: Seconds for the answer to a batch; then it is divided, so that one queue without a leader holds up nobody else.
-#: Also for one user alone, who is asked for again later.
+#: Seconds for the answer to a batch; then it is divided, so that one queue without a leader delays no others.
+#: Also for a check of one user, which is repeated later.
 _BATCH_TIMEOUT = 5.0
 #: Into how many parts a batch is divided that the broker refuses, or does not answer, for one of its users.
 _PARTS = 8

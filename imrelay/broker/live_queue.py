@@ -127,8 +127,9 @@ class LiveQueue:
     def settle(self) -> list[Delivery]:
         """Set aside no more of what comes from the live queue; return what was, and what the inbox gave before it.
 
-        Only where nobody was there when this consumer came: then what the inbox gives up to the first message that
-        the live queue has brought too is older than the live queue, and else could be newer.
+        Needed only if there was no other consumer when this one came: then what the inbox delivers before the
+        first message that the live queue has delivered too is older than the live queue; otherwise it could be
+        newer.
         """
         early, self.early = self.early, []
         self._is_settled = True
@@ -143,7 +144,7 @@ class LiveQueue:
     def merge(self) -> list[Delivery]:
         """Return what was set aside in its order, with what the live queue has brought too.
 
-        The session knows repeats of relays by their ids. Those of other programs are not known: two
+        The session recognises repeats of relays by their ids. Those of other programs are not recognised: two
         messages of the same content may be one that came twice, or two, of which none may be left out.
         """
         return self.settle() + self.held

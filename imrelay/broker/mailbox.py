@@ -81,7 +81,7 @@ class Mailbox(Bell):
     def deliver(self, delivery: Delivery) -> None:
         """Add a delivery.
 
-        Once the mailbox is closed it is left out: unacknowledged, the broker gives it to somebody else.
+        Once the mailbox is closed it is dropped: unacknowledged, it is delivered to another consumer.
         """
         if not self._closed:
             self._items.append(delivery)

@@ -57,7 +57,7 @@ class Overflow:
         self._awaited_size = 0
         #: Not sent back yet, and newer than all those.
         self._refused = _NOTHING
-        #: Whether somebody looks after what does not come back.
+        #: Whether a greenlet runs `watch_overflow` for it.
         self.is_watched = False
 
     def __bool__(self) -> bool:

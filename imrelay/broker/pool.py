@@ -121,7 +121,7 @@ class ConsumerPool:
                 self._queue.remove(consumer)
 
     def wait_given_back(self, user: str, timeout: float) -> bool:
-        """Block until nobody consumes from an inbox any more, or for `timeout` seconds; tell which it was.
+        """Block until an inbox has no consumer, or for `timeout` seconds; tell whether it has none.
 
         A quorum queue takes back what a consumer had, and counts that one no longer, in one step.
         """

@@ -173,7 +173,7 @@ class Publisher:
         return True
 
     def withdraw(self, publication: Publication) -> None:
-        """Forget a message that still waits for room, since its sender is gone; nobody is told."""
+        """Forget a message that still waits for room, since its sender is gone; it gets no answer."""
         self._ledger.withdraw(publication)
 
     def _enqueue(self, publication: Publication) -> None:

@@ -47,7 +47,7 @@ class Reminders:
     def add(self, incarnation: str, user: str, session: str) -> Event:
         """Have a session ended when its relay can be reached, within a minute; returns an event that tells of it.
 
-        Where there are too many already nobody is asked again, and the event is never set.
+        If there are too many already, the relay is not asked again, and the event is never set.
         """
         reminder = _Reminder(user, time.monotonic() + _KEPT_FOR)
         sessions = self._relays.get(incarnation)
@@ -63,7 +63,7 @@ class Reminders:
         return reminder.ended
 
     def stop(self) -> None:
-        """Ask nobody any more."""
+        """Stop asking."""
         self._greenlets.kill()
 
     def _run_relay(self, incarnation: str, sessions: dict[str, _Reminder]) -> None:

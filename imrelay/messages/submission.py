@@ -1,4 +1,4 @@
-"""What a browser sends, read: a message for somebody, or a frame of `imrelay.v1` (PROTOCOL sections 1, 3 and 5).
+"""Reads what a browser sends: a message, or a frame of `imrelay.v1` (PROTOCOL sections 1, 3 and 5).
 
 Pure functions on bytes. A message is passed on as the bytes in which it came; what the relay needs of it is read
 by msgspec, which checks the rest without making objects of it. Whatever is unusual or wrong is read by Python's

@@ -152,7 +152,7 @@ class LogStream(io.TextIOBase):
         while view:
             try:
                 view = view[os.write(self._descriptor, view) :]
-            except BlockingIOError:  # somebody who shares the descriptor has made it non-blocking
+            except BlockingIOError:  # another process that shares the descriptor has made it non-blocking
                 _sleep(_REFUSED_PAUSE)
             except OSError as exc:
                 if exc.errno not in _NOBODY_READS:

@@ -67,7 +67,7 @@ def turns_of(hub: Hub) -> Turns:
 
 
 def yield_turn() -> None:
-    """Let everybody else have a turn, sockets that have become readable included; called in a greenlet.
+    """Let all others have a turn, sockets that have become readable included; called in a greenlet.
 
     `gevent.sleep(0)` comes back up to 50 times before the event loop looks at its sockets again.
     """

@@ -97,7 +97,7 @@ class RequestHandler(WebSocketHandler):  # type: ignore[misc]  # the base has no
     def handle_one_request(self) -> Any:
         """Serve one request, whose head has to be there in time; answer malformed ones with a JSON body."""
         if self.requestline is not None:
-            yield_turn()  # pipelined requests take turns with everybody else's
+            yield_turn()  # pipelined requests take turns with those of other connections
         self.requestline = None
         self.environ = {}
         self._begun = False

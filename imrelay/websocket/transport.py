@@ -73,7 +73,7 @@ class Transport(ABC):
         """`sock` is gevent's socket or TLS socket; from here on nobody else uses it."""
         sock.settimeout(0.0)
         self._sock = sock
-        #: What is below gevent's plain socket, which adds nothing where nobody waits.
+        #: The socket below gevent's plain one: calls that never wait need not go through gevent's.
         self._raw: Any = sock if hasattr(sock, "pending") else getattr(sock, "_sock", sock)
         self._hub = hub
         self._limits = limits

@@ -42,7 +42,7 @@ def test_a_network_cut_without_a_reset_loses_nothing(relay: RelayFactory, broker
 
 
 def test_a_network_cut_is_told_to_senders_in_time(relay: RelayFactory, broker_url: str) -> None:
-    """Who sends into a cut network gets broker_unavailable after publish_timeout, long before the heartbeat."""
+    """Senders get broker_unavailable after publish_timeout, long before the heartbeat."""
     with Proxy(broker_url) as proxy:
         host = relay(broker_url=proxy.url, broker_heartbeat=600, broker_publish_timeout=0.5)
         with Traffic([host], TALK) as traffic:

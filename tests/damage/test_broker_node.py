@@ -82,7 +82,7 @@ def test_a_stopped_broker_is_told_to_senders_after_publish_timeout(own: Node, re
 
 @pytest.mark.slow
 def test_acked_messages_survive_a_broker_killed_with_9(own: Node, relay: RelayFactory) -> None:
-    """With `persistent`, what was acked is delivered after kill -9 of the broker, to who is away then as well."""
+    """With `persistent`, what was acked is delivered after kill -9 of the broker, also to users who were away."""
     host = relay(broker_url=own.url, broker_publish_timeout=90)
     before = node_pid(own)
     with Traffic([host], {"ann": ["bob", "away"], "bob": ["away"]}) as traffic:

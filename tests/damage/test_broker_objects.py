@@ -117,7 +117,7 @@ def test_a_deleted_exchange_is_made_again_with_its_bindings(
 def test_a_deleted_exchange_cuts_nobody_off_on_another_relay(
     relay: RelayFactory, broker: VirtualHost, unknown_recipient: str
 ) -> None:
-    """Who is connected to a relay that did not notice the deletion is reached by the others all the same."""
+    """A user connected to a relay that did not notice the deletion is reached by the other relays."""
     settings: dict[str, Any] = {"inbox_unknown_recipient": unknown_recipient, "broker_publish_timeout": 60}
     first, second = relay(**settings), relay(**settings)
     with Browser(second, "far") as far, Traffic([first], TALK) as traffic, Browser(first, "eve") as eve:

@@ -111,7 +111,7 @@ def is_about(line: str, users: list[str]) -> bool:
 class StateMachine(RuleBasedStateMachine):
     """Three users, up to two relays, a broker, and what may happen to them."""
 
-    #: Set by who runs it.
+    #: Set by `staged`.
     stage: ClassVar[Stage]
 
     def __init__(self) -> None:

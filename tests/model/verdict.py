@@ -34,7 +34,7 @@ def _of_message(history: History, message: Message) -> Iterator[str]:
 
 
 def _of_lost(history: History, user: str) -> Iterator[str]:
-    """Complain of what was accepted, and came to nobody or was taken by nobody who got it.
+    """Complain of an accepted message that no session got, or that none of those that got it has taken.
 
     Only a plain socket that ended without being read to its end may take messages with it, and no more than the
     kernel held for it: "taken" means written to its TCP connection.

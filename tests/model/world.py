@@ -298,7 +298,7 @@ class World(Driver):
         self.fleet.replace(relay)
 
     def break_broker(self, how: str) -> None:
-        """Kill the node with -9 (who supervises it starts it again), restart RabbitMQ on it, or freeze it."""
+        """Kill the node with -9 (its supervisor starts it again), restart RabbitMQ on it, or freeze it."""
         self.tell(f"the broker: {how}")
         node = self.fleet.node
         for name in self.profile.relays:

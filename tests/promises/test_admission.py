@@ -329,7 +329,7 @@ def test_many_handshakes_are_answered_after_they_are_attached(
 def test_the_wait_of_a_handshake_is_bounded(
     many_sockets: list[AdmittedSocket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who would wait beyond the bound is answered without, and attached when its turn comes."""
+    """A handshake that reaches the bound is answered at once, and its socket attached when its turn comes."""
     monkeypatch.setattr(app, "_ATTACH_TIMEOUT", 1.0)
     assert set(attach_all(many_sockets)) == {True, False}
     eventually(lambda: all(map(is_attached, many_sockets)), PATIENCE, sleep=gevent.sleep)

@@ -82,7 +82,7 @@ class TlsSetup:
     authority: Authority
     #: Anybody may connect.
     url: str
-    #: Only who shows a certificate of the authority may.
+    #: Only clients with a certificate of the authority may connect.
     strict_url: str
 
 
@@ -114,7 +114,7 @@ def _amqps(url: str, port: int, host: str = "127.0.0.1") -> str:
 
 
 def assert_refused(host: RelayProcess, why: str) -> None:
-    """Assert that the relay says why it has no broker, in its log and to who asks for its readiness."""
+    """Assert that the relay says why it has no broker, in its log and in `/readyz`."""
     host.wait_for_log(f"broker connection publish: .*{why}")
     status, reason = readiness(host)
     assert status == 503

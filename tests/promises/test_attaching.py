@@ -185,7 +185,7 @@ def test_a_promotion_that_is_not_answered_is_begun_anew(
         gate.let_pass()
         monkeypatch.setattr(channel_module, "ANSWER_TIMEOUT", PATIENCE)
         second.wait_attached()
-        assert second.bodies() == [b"one"]  # for the writer, who knows repeats
+        assert second.bodies() == [b"one"]  # the session recognises repeats
         channel.basic_publish("direct_message", user, b"two", mandatory=True)
         assert second.bodies() == [b"two"]
     second.consumer.close()

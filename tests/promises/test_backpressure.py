@@ -59,7 +59,7 @@ def skip_first(browser: Browser) -> None:
 
 
 def test_senders_get_room_in_turn_and_nobody_else_waits(process: RelayProcess, gate: Gate, user: str) -> None:
-    """Two who flood share the room, each in order; meanwhile the relay answers pings and requests."""
+    """Two senders that flood share the room, each in order; meanwhile the relay answers pings and requests."""
     each = 150
     with (
         Browser(process, f"{user} a") as one,

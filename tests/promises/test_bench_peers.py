@@ -84,7 +84,7 @@ def numbers(socket: WebSocket, count: int) -> list[int]:
 
 
 def test_messages_to_somebody_unknown_are_kept_in_order(connect: Connect, names: tuple[str, str]) -> None:
-    """Who was never there finds all that was acknowledged, in the order in which it was sent."""
+    """A user who connects for the first time gets all that was acknowledged, in the order of sending."""
     ann = connect(names[0])
     for user in (f"{names[1]}-{number}" for number in range(3)):
         count = 0

@@ -359,7 +359,7 @@ def test_allowed_origins_are_those_alone(relay: RelayFactory, somebody: Iterator
 
 
 def test_no_more_than_max_connections(relay: RelayFactory, somebody: Iterator[str]) -> None:
-    """503 for one more; plain requests go on; who leaves makes room, and a refused handshake takes none."""
+    """503 for one more; plain requests go on; a socket that ends makes room, a refused handshake takes none."""
     host = relay(server_max_connections=2)
     first, second = Browser(host, next(somebody)), Browser(host, next(somebody))
     with closing(second):

@@ -207,7 +207,7 @@ def test_purging_leaves_what_is_under_way_to_a_socket(
 def test_a_socket_outlives_the_deletion_of_its_inbox(
     command: Command, host: RelayProcess, broker: VirtualHost, user: str
 ) -> None:
-    """Who is connected gets a new inbox at once when his own is deleted, by relays and by other programs."""
+    """A connected user whose inbox is deleted gets a new one at once, for relays and other programs."""
     with Browser(host, user) as browser:
         assert browser.contents_until(2) == [0, 1, 2]
         command(user, "--delete", "--yes")

@@ -85,7 +85,7 @@ def test_messages_older_than_ttl_are_dropped(relay: RelayFactory, broker: Virtua
 def test_an_inbox_that_nobody_opens_expires_with_all_of_it(
     relay: RelayFactory, broker: VirtualHost, unknown_recipient: str
 ) -> None:
-    """After `expires` without a socket, inbox, exchange and bindings are gone; the inbox of who is here stays."""
+    """After `expires` without a socket, inbox, exchange and bindings are gone; that of a connected user stays."""
     host = relay(inbox_expires=1, inbox_unknown_recipient=unknown_recipient)
     with Browser(host, "ann") as ann:
         with Browser(host, "bob"):
@@ -103,7 +103,7 @@ def test_an_inbox_that_nobody_opens_expires_with_all_of_it(
 
 
 def test_an_unknown_recipient_is_refused_where_that_is_set(relay: RelayFactory, broker: VirtualHost) -> None:
-    """`unknown_recipient = refuse`: nothing is made for an id that never came, and who came once is kept up to."""
+    """`unknown_recipient = refuse`: nothing is made for an id that never connected; one that did stays known."""
     host = relay(inbox_unknown_recipient="refuse")
     with Browser(host, "ann") as ann:
         ann.say("bob", 1, id=1)

@@ -147,7 +147,7 @@ def test_a_message_to_oneself_arrives_once(relay: RelayFactory, somebody: Iterat
 
 
 def test_a_missing_from_is_added(relay: RelayFactory, somebody: Iterator[str]) -> None:
-    """Who leaves out `from` is named by the relay; the rest of the bytes stays."""
+    """The relay adds a missing `from`; the other bytes stay as they are."""
     host = relay()
     with Browser(host, 'q"uo\\te 中') as one, Browser(host, next(somebody)) as two:
         rest = f' "to": {{"id":"{two.user}"}} ,\t"content":1.10}}'

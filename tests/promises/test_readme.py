@@ -70,7 +70,7 @@ def test_readme_has_at_most_900_words() -> None:
 
 
 def test_warning_about_authentication_comes_first() -> None:
-    """Who reads only the top of README learns that nobody's id is checked."""
+    """The top of README says that ids are not checked."""
     assert "\n> **Nobody checks yet that you are who you say you are.**" in README.partition("\n## ")[0]
 
 

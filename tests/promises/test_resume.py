@@ -120,7 +120,7 @@ def test_who_comes_back_gets_everything_in_order(
 def test_a_session_that_has_just_ended_is_waited_for(
     hosts: list[RelayProcess], sender: Browser, come: Return, user: str, far: int
 ) -> None:
-    """Who was cut off and is back at once is not taken for a second tab."""
+    """A browser that was cut off and is back at once is not taken for a second tab."""
     visit = come(user)
     for first in range(0, 60, 6):
         tell(sender, user, first, first + 1, first + 2)
@@ -174,7 +174,7 @@ def test_without_resume_it_is_as_before(broker: VirtualHost, sender: Browser, co
 def test_nobody_ends_the_session_of_another_user(
     hosts: list[RelayProcess], sender: Browser, come: Return, user: str, far: int
 ) -> None:
-    """Who names the session of somebody else gets a session, and that one goes on."""
+    """A browser that names the session of another user gets a new session, and the named one goes on."""
     victim = come(user)
     with Visit(hosts[far], f"{user}-other", resumes=victim.session) as other:
         pinged(other)
@@ -383,7 +383,7 @@ def pair(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Iterator[li
 
 
 def test_a_relay_asks_another_and_waits_for_its_answer(pair: list[tuple[RelayQueue, Ends, str]]) -> None:
-    """`end` reaches the relay of the session alone, and who asked goes on when it has answered."""
+    """`end` reaches the relay of the session alone, and the caller goes on when that has answered."""
     (near, near_ends, _), (_, far_ends, incarnation) = pair
     session = f"01M86BASS1{incarnation}000000"
     greenlets = [gevent.spawn(near.end_session, "ann", session) for _ in range(3)]
@@ -396,7 +396,7 @@ def test_a_relay_asks_another_and_waits_for_its_answer(pair: list[tuple[RelayQue
 def test_a_relay_that_is_gone_is_not_waited_for(
     broker: VirtualHost, pair: list[tuple[RelayQueue, Ends, str]]
 ) -> None:
-    """What comes back says that there is no such relay, and who asked goes on at once."""
+    """A returned message says that there is no such relay, and the caller goes on at once."""
     (near, _, _), (far, _, incarnation) = pair
     near.end_session("ann", SESSION)
     far.stop()
@@ -409,7 +409,7 @@ def test_a_relay_that_is_gone_is_not_waited_for(
 def test_what_was_asked_over_a_lost_channel_is_not_waited_for(
     pair: list[tuple[RelayQueue, Ends, str]], connection: Connection
 ) -> None:
-    """When the connection goes, who waits goes on; both channels come back, and it is asked again by itself."""
+    """When the connection is lost, callers go on; both channels come back, and the relay is asked again."""
     (near, _, _), (_, far_ends, incarnation) = pair
     session = f"01M86BASS1{incarnation}000000"
     may_answer = gevent.event.Event()
@@ -461,7 +461,7 @@ def test_a_relay_that_does_not_come_back_is_forgotten(
 def test_a_relay_without_a_channel_waits_for_it_before_it_asks(
     pair: list[tuple[RelayQueue, Ends, str]], connection: Connection
 ) -> None:
-    """Who has just lost its own link asks when it is back."""
+    """A relay that has just lost its own connection asks when that is back."""
     (near, _, _), (_, far_ends, incarnation) = pair
     connection._adapter.abort(ConnectionError("cut by the test"))
     eventually(lambda: near._sender is None, sleep=gevent.sleep)
@@ -475,7 +475,7 @@ def test_a_relay_without_a_channel_waits_for_it_before_it_asks(
 def test_a_session_of_a_relay_that_has_lost_its_link_is_ended_when_that_is_back(
     relay: RelayFactory, broker: VirtualHost, user: str
 ) -> None:
-    """It looks like one that is gone: who resumes gets what was left at once; then the old session ends."""
+    """It looks like one that is gone: the new session gets what was left at once; then the old one ends."""
     with Proxy(broker.url) as proxy:
         lost, other = relay(broker_url=proxy.url, clean=False), relay()
         for host in (lost, other):

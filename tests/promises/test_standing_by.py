@@ -185,7 +185,7 @@ def test_the_first_messages_of_other_programs_are_all_shown(
 def test_equal_messages_of_other_programs_are_all_shown(
     relay: RelayFactory, broker: VirtualHost, user: str
 ) -> None:
-    """Who cannot tell a repeat from another message with the same content shows both: nothing is left out."""
+    """A repeat that cannot be told from another message with the same content is shown too: none is left out."""
     host = relay(inbox_queue_type="quorum")
     wait_until_ready(host)
     with Browser(host, user) as browser, amqp(broker.url) as channel:

@@ -301,7 +301,7 @@ def test_a_signal_that_was_ignored_at_the_start_stays_so(broker_url: str, tmp_pa
 
 
 def test_a_stop_while_the_broker_is_away(relay: RelayFactory, broker_url: str) -> None:
-    """Without a broker it ends with status 0 all the same; who sent has an error for each message before 1012."""
+    """Without a broker it ends with status 0 all the same; senders get an error for each message before 1012."""
     with Proxy(broker_url) as proxy:
         process = relay(broker_url=proxy.url, server_drain_timeout=4, broker_publish_timeout=FOR_EVER)
         with Browser(process, "ann") as ann, Browser(process, "bob") as bob:
@@ -324,7 +324,7 @@ def test_a_stop_while_the_broker_is_away(relay: RelayFactory, broker_url: str) -
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["nobody", "silent"])
 def test_a_stop_before_the_broker_is_found(relay: RelayFactory, is_there: bool) -> None:
-    """A relay that never had its broker stops as any other: nobody is there, or somebody who does not answer."""
+    """A relay that never reached its broker stops as any other: nothing listens there, or nothing answers."""
     with socket.create_server(("127.0.0.1", 0)) as somebody:
         url = f"amqp://127.0.0.1:{somebody.getsockname()[1]}"
         if not is_there:

@@ -38,7 +38,7 @@ def assert_refused(answer):
 
 
 def test_one_more_is_refused(server):
-    """503 with a JSON body, whether it asks for something or nothing; who leaves makes room."""
+    """503 with a JSON body, with a request or without one; a connection that ends makes room."""
     with ExitStack() as stack:
         held = hold(stack, server, BOUND)
         for request in (PAGE, b""):

@@ -266,7 +266,7 @@ class Room:
 
 
 def test_room_is_given_in_order_and_by_size() -> None:
-    """Who waits for room gets it in turn; what is larger than all room is alone; nobody waits beside room."""
+    """Messages get room in turn; one that is larger than all room is alone; none waits while there is room."""
     room = Room()
     room.add("large", 5000)
     for number in range(4):

@@ -104,7 +104,7 @@ def node_pid(node: Node) -> int:
 
 
 def kill_node(node: Node) -> None:
-    """Kill it with -9; who supervises it starts it again."""
+    """Kill it with -9; its supervisor starts it again."""
     os.kill(node_pid(node), signal.SIGKILL)
 
 
@@ -120,7 +120,7 @@ def frozen(pid: int) -> Iterator[None]:
 
 @contextmanager
 def memory_alarm(node: Node) -> Iterator[None]:
-    """Make the node find that it uses too much memory: it reads nothing more from those who publish."""
+    """Make the node raise a memory alarm: it reads nothing more from publishers."""
 
     def set_limit(limit: object) -> None:
         node.control.evaluate(f"vm_memory_monitor:set_vm_memory_high_watermark({limit})")

@@ -52,7 +52,7 @@ def names_in(path: Path) -> set[str]:
     ("module", "name"), [(module, name) for module, names in PRIVATE.items() for name in names]
 )
 def test_each_private_name_is_used_in_one_module(module: str, name: str) -> None:
-    """Who replaces the library, or meets another version of it, has one place to change."""
+    """Another library, or another version of it, needs a change in one place."""
     users = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if name in names_in(path)}
     assert users == {module}
 

@@ -104,7 +104,7 @@ def test_messages_of_several_channels_may_be_interleaved() -> None:
 
 @pytest.mark.parametrize("size", [0, 5, 2 * BODY_MAX])
 def test_a_channel_without_on_delivery_gets_all_properties(size: int) -> None:
-    """Who takes messages of any kind gets the properties as they were set."""
+    """A channel for messages of any kind gets the properties as they were set."""
     frames, _ = encode("deliver", 1, 7, size)
     seen: list[tuple[Any, ...]] = []
     inbound = Inbound({1: Events(seen, 1, takes_deliveries=False)}, lambda data: None)

@@ -50,7 +50,7 @@ class Held(Consumer):
 
 
 class FakeConnection:
-    """A connection that is open when the test says so, and counts who looks at it."""
+    """A connection that is open when the test says so, and counts how often `is_open` is read."""
 
     channel_max = 2047
     channels = 0
@@ -107,7 +107,7 @@ class HeldPool:
         return held
 
     def attach_last(self) -> None:
-        """Attach one more, of another user: who came before it has had its turn."""
+        """Attach one more, of another user: those before it have had their turn."""
         last = self.consume("last")
         last.may_end.set()
         assert last.ended.wait(PATIENCE)

@@ -172,7 +172,7 @@ class OddTls:
 
 
 def test_tls_that_has_to_do_the_other_first_says_so() -> None:
-    """Who reads or writes learns for what to wait, and that ends with the next that works."""
+    """The stream says what to wait for, until the next read or write succeeds."""
     sock = OddTls()
     stream = Stream(sock, is_tls=True, deadline=0.0)
     sock.raises = ssl.SSLWantWriteError()

@@ -250,7 +250,7 @@ def test_the_id_of_a_message_comes_back_as_it_was(written: str, message_id: str 
     "text", [f'{{"id":"c1",{TO},"from":{{"id":"3"}}}}', '{"id":"c1","to":{"id":""}}', '{"id":"c1"}']
 )
 def test_an_error_carries_the_id_of_the_message(text: str) -> None:
-    """Who gave the message an `id` finds it in the error."""
+    """The error has the `id` of the message."""
     with pytest.raises(AnswerableError) as caught:
         parse_text(text)
     assert caught.value.message_id == "c1"

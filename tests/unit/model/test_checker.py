@@ -308,7 +308,7 @@ def test_an_error_without_a_cause(play: Play) -> None:
 
 
 def test_a_full_inbox_keeps_nothing(play: Play) -> None:
-    """Sockets that stand by may have shown it; nobody that came later, and nobody who was alone."""
+    """Sockets that stand by may have shown it; no later one may, and none that was alone."""
     play.history.max_length = 1
     one, two = play.open("ann"), play.open("ann")
     play.say()

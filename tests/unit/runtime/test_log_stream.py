@@ -1,4 +1,4 @@
-"""The log never blocks who writes to it: it keeps the order, and says how many lines it had to drop."""
+"""The log never blocks its writers: it keeps the order, and says how many lines it had to drop."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_what_the_system_refuses_is_counted(pipe: Pipe, monkeypatch: pytest.Monk
 
 
 def test_a_descriptor_that_somebody_made_non_blocking_is_waited_for(pipe: Pipe) -> None:
-    """Who shares standard error may have set O_NONBLOCK: nothing is lost by that."""
+    """Another process that shares standard error may have set O_NONBLOCK: nothing is lost."""
     os.set_blocking(pipe.writer, False)
     stream = LogStream(pipe.writer, notice)
     stream.write("x" * 200_000 + "\n")

@@ -345,7 +345,7 @@ def test_an_answer_that_is_read_slowly_enough(hasty):
     ids=["length", "expected", "chunks", "huge"],
 )
 def test_a_body_over_the_limit(strict, headers, body):
-    """413 with a JSON body; who asked first is told before it sends anything."""
+    """413 with a JSON body; a client that expects 100 gets it before it sends the body."""
     with Peer(strict) as peer:
         peer.send(request("/body", *headers) + body)
         answer = peer.read_answer()

@@ -103,7 +103,7 @@ class CountingEndpoint:
 
 
 def test_nothing_can_be_accepted_after_the_answer():
-    """Who keeps an `Upgrade` beyond its request cannot leave a place taken."""
+    """An `Upgrade` that is kept beyond its request accepts nothing any more."""
     upgrade, late = Upgrade(("127.0.0.1", 1)), CountingEndpoint()
     assert upgrade.settle() is None
     with pytest.raises(RuntimeError, match="answered already"):
