@@ -117,7 +117,7 @@ class BatchWriter:
         inbox = self._known.find(user)
         if inbox is not None and inbox.until > now:
             return inbox
-        # nothing is under way to a user of whom nothing is known on this channel
+        # nothing is under way to somebody of whom nothing is known on this channel
         self._routes.begin(publication, 0 if inbox is None else self._unconfirmed.count(user))
         return None
 

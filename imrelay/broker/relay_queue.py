@@ -123,7 +123,7 @@ class RelayQueue:
     def _ask(self, user: str, session: str) -> bool:
         """Ask the relay of a session to end it; block until it answers, and tell whether it has.
 
-        Returns early if that relay has no queue, or if nothing can be sent to it or received.
+        Returns early where it has no queue, or nothing can be sent to it or heard of it.
         """
         answer: AsyncResult = AsyncResult()
         self._waiting.setdefault(session, []).append(answer)

@@ -74,7 +74,7 @@ class Reminders:
                 session, reminder = next(iter(sessions.items()))
                 if self._ask(reminder.user, session):
                     reminder.ended.set()
-                    pause = 0.0  # the relay is there: ask for the next session at once
+                    pause = 0.0  # it is there: on with the next one
                 elif time.monotonic() < reminder.until:
                     pause = min(max(_PAUSE, pause * 2), _LONGEST_PAUSE)
                     continue

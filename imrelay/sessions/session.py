@@ -18,7 +18,7 @@ from imrelay.broker.codec import Delivery
 from imrelay.broker.consumer import Consumer
 from imrelay.sessions.intake import Intake, SessionState
 from imrelay.sessions.services import Services
-from imrelay.sessions.subprotocols import V1, Frame, Plain, choose
+from imrelay.sessions.subprotocols import V1, Outgoing, Plain, choose
 from imrelay.websocket import ConnectionClosed, WebSocket
 
 __all__ = ["Session"]
@@ -198,12 +198,12 @@ class Session(Intake):
     def _write(self, websocket: WebSocket, items: list[Delivery | bytes]) -> None:
         """Write answers and deliveries, about `_CHUNK` bytes or one item at a time."""
         encode = self._protocol.encode
-        frames: list[Frame] = []
+        frames: list[Outgoing] = []
         taken: list[Delivery] = []
         size = answers = 0
         for item in items:
             if isinstance(item, bytes):
-                frame: Frame | None = (item, False)
+                frame: Outgoing | None = (item, False)
                 length = len(item)
             else:
                 try:
@@ -226,7 +226,7 @@ class Session(Intake):
                 taken.append(item)
         self._send(websocket, frames, taken, answers)
 
-    def _send(self, websocket: WebSocket, frames: list[Frame], taken: list[Delivery], answers: int) -> None:
+    def _send(self, websocket: WebSocket, frames: list[Outgoing], taken: list[Delivery], answers: int) -> None:
         """Write in one go, and acknowledge to the broker what the browser's connection has taken."""
         if frames:
             websocket.send_messages(frames)

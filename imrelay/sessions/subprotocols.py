@@ -20,10 +20,10 @@ from imrelay.messages.message_ids import mid_time_ms
 from imrelay.messages.outgoing import from_node, is_json, pong_frame, v1_frame
 from imrelay.messages.submission import ClientAck, ClientPing, is_utf8
 
-__all__ = ["SUBPROTOCOLS", "V1", "Frame", "Plain", "choose", "remembered", "resumed_session"]
+__all__ = ["SUBPROTOCOLS", "V1", "Outgoing", "Plain", "choose", "remembered", "resumed_session"]
 
-#: (payload, whether it is binary)
-Frame = tuple[bytes, bool]
+#: A message to be written to a WebSocket: payload, and whether it is binary.
+Outgoing = tuple[bytes, bool]
 
 _V1_NAME = "imrelay.v1"
 #: The subprotocols of the relay, in its order of preference.
@@ -115,7 +115,7 @@ class Plain:
         self._remembered = remembered
         self._memory: _Memory | None = None  # until the first message, to save memory
 
-    def encode(self, delivery: Delivery) -> Frame | None:
+    def encode(self, delivery: Delivery) -> Outgoing | None:
         """Return what is to be written for a delivery; None for a repeat of one that this socket has got."""
         if self._is_repeat(_key_of(delivery)):
             return None
@@ -143,7 +143,7 @@ class Plain:
             self._memory = _Memory(now)
         return self._memory.knows(key, self._remembered, self._consumer, now)
 
-    def _unpack(self, delivery: Delivery) -> Frame:
+    def _unpack(self, delivery: Delivery) -> Outgoing:
         """Return the message in an AMQP body (PROTOCOL section 6)."""
         body = delivery.body
         if self._node_envelope:
@@ -203,7 +203,7 @@ class V1(Plain):
         }
         return json.dumps({"welcome": fields}, ensure_ascii=False, separators=(",", ":")).encode()
 
-    def encode(self, delivery: Delivery) -> Frame | None:
+    def encode(self, delivery: Delivery) -> Outgoing | None:
         """Return the numbered frame for a delivery; None for a repeat. Drops the delivery's body."""
         if delivery.channel is not self._source:
             self._source = delivery.channel

@@ -9,8 +9,8 @@ from typing import Any, cast
 import gevent
 import pytest
 
-from imrelay.broker.codec import Delivery
 from imrelay.broker.connection import Connection
+from imrelay.broker.mailbox import Delivery
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.sessions import subprotocols
@@ -21,11 +21,11 @@ from imrelay.settings.values import InboxConfig, WebSocketConfig
 from tests.support.brokers import amqp
 from tests.support.harness import VirtualHost, eventually
 
-#: Seconds after which a wait fails; no measure of speed.
+#: Guard against hanging, in seconds; no measure of speed.
 PATIENCE = 20.0
 
 
-class RecordingSocket:
+class Socket:
     """Stands for a browser socket; what is written to it is noted."""
 
     close_code, close_reason = 1000, ""
@@ -91,7 +91,7 @@ def test_a_message_that_cannot_be_written_ends_no_session(
     session = Session(user, services)
     session.consume()
     assert session.wait_attached(PATIENCE)
-    socket = RecordingSocket(subprotocol)
+    socket = Socket(subprotocol)
     running = gevent.spawn(session.run, socket)
     with amqp(broker.url) as channel:
         channel.exchange_declare("imrelay.dead", "fanout")
