@@ -95,10 +95,14 @@ class WebSocketConfig:
         high=64 << 20,
     )
     ping_interval: float = _setting(
-        25.0, "a socket that was silent for so long is asked for a pong", unit="seconds", low=0.1, high=3600
+        25.0, "time between two pings to each browser", unit="seconds", low=0.1, high=3600
     )
     ping_timeout: float = _setting(
-        20.0, "and is given up when none came within this time", unit="seconds", low=0.1, high=3600
+        20.0,
+        "time for a browser to answer a ping; then its connection counts as lost",
+        unit="seconds",
+        low=0.1,
+        high=3600,
     )
     send_timeout: float = _setting(
         10.0,
@@ -152,7 +156,7 @@ class BrokerConfig:
         "", "for amqps: the key of tls_cert_file (PEM); empty: it stands in the same file", check="optional"
     )
     data_dir: str = _setting(
-        "var/broker", "where the private node keeps its data; relative to the folder of this file"
+        "var/broker", "folder of the private node's data; relative to the folder of this file"
     )
     exchange: str = _setting(
         "direct_message", "the exchange that messages to users are published to", check="exchange"
@@ -168,7 +172,7 @@ class BrokerConfig:
     )
     heartbeat: int = _setting(
         20,
-        "heartbeat agreed with the broker; when silent, it is given up after 5 s more than this, to twice as much",
+        "heartbeat of a broker connection; a silent broker counts as lost after 5 s more, at most twice this",
         unit="seconds",
         low=1,
         high=3600,
@@ -182,7 +186,7 @@ class BrokerConfig:
     )
     publish_queue_bytes: int = _setting(
         67_108_864,
-        "the same in bytes; one message that is larger than that waits alone",
+        "bytes of the messages that wait for the confirmation; a message larger than that waits alone",
         unit="bytes",
         low=65_536,
         high=1 << 40,

@@ -41,6 +41,11 @@ class Browser:
         self.user = user
         self.socket = websocket.create_connection(host.socket_url(user), timeout=PATIENCE, **options)
 
+    def __del__(self) -> None:
+        """Close the TCP connection of a browser that its test has left open: else there is a ResourceWarning."""
+        if "socket" in self.__dict__:  # it has been connected
+            self.socket.shutdown()
+
     def __enter__(self) -> Browser:
         return self
 
@@ -130,6 +135,7 @@ class Browser:
         """Close it with the closing handshake."""
         with suppress(OSError, websocket.WebSocketException):
             self.socket.close(timeout=PATIENCE)
+        self.socket.shutdown()  # where the handshake has failed
 
     def cut(self) -> None:
         """Cut its TCP connection with a reset, as a browser that is killed or loses its network."""
