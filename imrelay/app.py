@@ -261,7 +261,7 @@ def _problem(services: Services) -> str:
 
 
 def _path() -> str:
-    """Return the request's path behind its '/', decoded; WSGI hands bytes over as latin-1 (PEP 3333)."""
+    """Return the request's path after its '/', decoded; WSGI hands bytes over as latin-1 (PEP 3333)."""
     raw: bytes = request.environ.get("PATH_INFO", "")[1:].encode("latin-1")
     try:
         return raw.decode()

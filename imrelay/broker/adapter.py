@@ -121,7 +121,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         return self._end_reason
 
     def shut_down(self) -> None:
-        """Close the channels, and behind the last of them the connection, with the handshakes of AMQP.
+        """Close the channels, and after the last of them the connection, with the handshakes of AMQP.
 
         Returns at once. The connection has to be open.
         """

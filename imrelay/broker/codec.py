@@ -283,7 +283,7 @@ def encode_ack(channel: int, tag: int, multiple: bool) -> bytes:
 
 
 def encode_method(channel: int, *methods: Method) -> bytes:
-    """Return the frames of methods, one behind the other."""
+    """Return the frames of methods, one after the other."""
     return b"".join([frame.Method(channel, method).marshal() for method in methods])
 
 

@@ -58,7 +58,7 @@ class InboxInspector:
     def look(self, user: str) -> InboxState | None:
         """Return the state of the user's inbox; None where there is none.
 
-        The look renews it: RabbitMQ counts a passive declare as use, and begins `x-expires` anew. AMQP has no way
+        The look renews it: RabbitMQ counts a passive declare as use, and restarts `x-expires`. AMQP has no way
         to ask without that.
         """
         answer = self._ask(lambda channel: channel.call(self._topology.ask_inbox(user))[0])
@@ -103,7 +103,7 @@ class InboxInspector:
             channel.call(spec.Basic.Cancel(INBOX_TAG))
             if tags:
                 channel.ack(tags[-1], multiple=True, at_once=True)
-            channel.call(self._topology.ask_inbox(user))  # answered behind the acknowledgements
+            channel.call(self._topology.ask_inbox(user))  # answered after the acknowledgements
         finally:
             channel.close()
         channel.wait_ended(_IDLE)
@@ -112,7 +112,7 @@ class InboxInspector:
     def delete(self, user: str) -> int:
         """Delete the inbox with its messages (`queue.delete`), and with it the user's exchange; return how many.
 
-        A socket that is there opens it anew at once.
+        A connected socket declares it again at once.
         """
         queue = self._topology.inbox(user)
         answer = self._ask(lambda channel: channel.call(spec.Queue.Delete(queue=queue))[0])

@@ -54,7 +54,7 @@ _NOT_FOUND = 404
 class Publisher:
     """Publishes for all sessions of this process, on a connection of its own.
 
-    `on_exchange_lost` is called when the exchange had been deleted and is declared anew: its bindings are gone.
+    `on_exchange_lost` is called when the exchange had been deleted and was declared again: its bindings are gone.
     `queue_size` and `queue_bytes` bound the messages that are not yet answered; `queue_size` also those that were
     handed over and not confirmed. `timeout` (seconds) is the longest time that a message waits for its answer, and
     the longest that it waits for room before. `inbox_expires` is the `x-expires` of new inboxes (seconds).

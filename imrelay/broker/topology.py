@@ -150,7 +150,7 @@ class Topology:
     def ask_inbox(self, user: str) -> Method:
         """A passive `queue.declare`: its answer counts the inbox's consumers and waiting messages.
 
-        It renews the inbox, too: RabbitMQ begins `x-expires` anew.
+        It renews the inbox, too: RabbitMQ restarts `x-expires`.
         """
         return spec.Queue.Declare(queue=self.inbox(user), passive=True)
 

@@ -60,7 +60,7 @@ def v1_frame(
 ) -> bytes:
     """Write a message for `imrelay.v1` (PROTOCOL section 5); the message's own bytes stand inside.
 
-    What another program published and is no JSON (`is_message` false) stands there as a string, or under
+    A body of another program that is no JSON (`is_message` false) is written as a string there, or under
     `message_base64` where it is no UTF-8 either.
     """
     if is_message:

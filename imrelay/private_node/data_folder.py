@@ -7,7 +7,7 @@ Everything of the node is in this one folder, the data directory (mode 0700):
     node.pid          held by the node itself, through an inherited descriptor; its pid
     epmd.pid          the same for the node's own Erlang port mapper
     url               the AMQP URL while the node runs, for other processes of the same user (mode 0600)
-    rabbitmq.conf …   written anew at each start
+    rabbitmq.conf …   written at each start
     home/ mnesia/ log/
 
 A lock ends with the last process that holds its descriptor. So a locked pid file names a process of ours, whatever

@@ -110,7 +110,7 @@ class Conversation(Closing):
         self._next_ping = NEVER
 
     def start(self, data: bytes = b"") -> None:
-        """Begin to read; `data` is what the client sent behind its handshake. Called once, by the handler."""
+        """Begin to read; `data` is what the client sent after its handshake. Called once, by the handler."""
         limits = self._limits
         if limits.ping_interval > 0:
             self._next_ping = monotonic() + limits.ping_interval

@@ -13,7 +13,7 @@ from imrelay.websocket.fairness import yield_turn
 
 __all__ = ["linger", "reset", "turn_away"]
 
-#: Seconds and bytes for which input is drained behind an answer.
+#: Seconds and bytes for which input is drained after an answer.
 LINGER_SECONDS, LINGER_BYTES = 1.0, 262_144
 
 

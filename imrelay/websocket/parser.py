@@ -159,7 +159,7 @@ class FrameParser:
         self._left = 0
 
     def _parse(self, data: bytes, position: int, budget: int, events: list[Parsed]) -> int:
-        """Parse what begins with the head of a frame; return the position behind what was parsed."""
+        """Parse what begins with the head of a frame; return the position after what was parsed."""
         # One long loop: a call takes as long as all checks of a small message, so only rare cases are functions.
         end = len(data)
         while budget > 0:
@@ -258,7 +258,7 @@ class FrameParser:
         self._wire += size
 
     def _take_piece(self, data: bytes, position: int, events: list[Parsed]) -> int:
-        """Unmask what `data` has of the frame in work; return the position behind it."""
+        """Unmask what `data` has of the frame in work; return the position after it."""
         after = min(len(data), position + self._left)
         size = after - position
         if size:

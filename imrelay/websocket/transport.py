@@ -80,7 +80,7 @@ class Transport(ABC):
         self._turns = turns_of(hub)
         self._outbox: Outbox | None = None
         #: TLS alone: how many bytes were decrypted and not read. The watcher does not know of them. There may be
-        #: some behind the handshake; a read of ours takes the whole of a record.
+        #: some after the handshake; a read of ours takes the whole of a record.
         self._pending: Callable[[], int] | None = getattr(sock, "pending", None)
         self._reader = hub.loop.io(sock.fileno(), _READ)
         self._writer: Any = None
