@@ -163,8 +163,9 @@ class Subscription:
         """
         self._ack_copies()
         self.acks.stop()
-        if self._channel is not None and self._live is not None and self._live.unbind is not None:
-            self._channel.send(self._live.unbind)
+        live = self._live
+        if self._channel is not None and live is not None and live.unbind is not None and not live.is_ending:
+            self._channel.send(live.unbind)
         self._channel = None
         self._live = None
         if self.state is not ConsumerState.CLOSED:
