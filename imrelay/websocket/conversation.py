@@ -227,7 +227,8 @@ class Conversation(Closing):
         """Go on with messages that wait, or with bytes that are here already, or with what the kernel has."""
         self._going_on = False
         try:
-            if self._on_message is not None and (self._messages or self._ending is not None):
+            has_news = bool(self._messages) or self._ending is not None
+            if has_news and self._on_message is not None and not self._is_paused:
                 self._hand_over(self._on_message)
                 if self._ending is not None and self._has_taken_all:
                     self._end_now()

@@ -9,6 +9,7 @@ import pytest
 
 from imrelay.websocket import ConnectionClosed, conversation
 from imrelay.websocket.conversation import ANSWER_BEFORE_CLOSE, MAX_QUEUED_BYTES, MAX_QUEUED_MESSAGES
+from imrelay.websocket.fairness import turns_of
 from imrelay.websocket.transport import READ_SIZE
 from tests.support.harness import eventually
 from tests.support.websocket_peer import BINARY, PING, TEXT, close_frame, frame
@@ -123,6 +124,20 @@ def test_while_it_is_paused_little_is_read(size):
         application.wait(2_000)
         sender.get(timeout=PATIENCE)
         assert websocket._queued == 0
+
+
+@pytest.mark.parametrize("end", [b"", close_frame(4000)], ids=["open", "closing"])
+@pytest.mark.parametrize("count", [2, 64, 65, 100, 500])
+def test_a_pause_takes_no_turns(count, end):
+    """While an application pauses, the event loop has nothing to do for its socket, whatever lies there."""
+    with pair() as (websocket, peer):
+        application = Application(websocket, 1)
+        peer.sendall(numbered(count) + end)
+        application.wait(1)
+        assert not turns_of(gevent.get_hub())._queue
+        application.go_on()
+        application.wait(count)
+        assert is_numbered(application, count)
 
 
 def test_a_pause_is_no_silence_of_the_peer(clock):
