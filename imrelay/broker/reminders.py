@@ -73,11 +73,21 @@ class Reminders:
                 gevent.sleep(random.uniform(pause / 2, pause))
                 session, reminder = next(iter(sessions.items()))
                 if self._ask(reminder.user, session):
+                    del sessions[session]
                     reminder.ended.set()
                     pause = 0.0  # it is there: on with the next one
-                elif time.monotonic() < reminder.until:
+                else:
+                    _forget_late(sessions)
                     pause = min(max(_PAUSE, pause * 2), _LONGEST_PAUSE)
-                    continue
-                del sessions[session]
         finally:
             del self._relays[incarnation]
+
+
+def _forget_late(sessions: dict[str, _Reminder]) -> None:
+    """Forget those whose time is over, which stand in front: their relay cannot be reached, whichever is named."""
+    now = time.monotonic()
+    while sessions:
+        session, reminder = next(iter(sessions.items()))
+        if now < reminder.until:
+            break
+        del sessions[session]

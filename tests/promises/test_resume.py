@@ -458,6 +458,21 @@ def test_a_relay_that_does_not_come_back_is_forgotten(
     eventually(lambda: not near._reminders._relays, sleep=gevent.sleep)
 
 
+def test_the_sessions_of_a_relay_that_does_not_come_back_are_forgotten_together(
+    pair: list[tuple[RelayQueue, Ends, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, none is asked for when its minute is over, and other relays have the room."""
+    monkeypatch.setattr(reminders, "_KEPT_FOR", 0.3)
+    (near, _, _), _ = pair
+    asked: list[str] = []
+    ask = near._reminders._ask
+    near._reminders._ask = lambda user, session: (asked.append(session), ask(user, session))[1]
+    for number in range(200):
+        near._reminders.add("0000000000", "ann", f"01M86BASS1{number:016}")
+    eventually(lambda: not near._reminders._relays, 5, sleep=gevent.sleep)
+    assert set(asked) == {f"01M86BASS1{0:016}"}
+
+
 def test_a_relay_without_a_channel_waits_for_it_before_it_asks(
     pair: list[tuple[RelayQueue, Ends, str]], connection: Connection
 ) -> None:
