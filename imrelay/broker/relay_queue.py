@@ -81,7 +81,7 @@ class RelayQueue:
         self._can_send = Event()
         #: The callers that wait for the end of a session, by its id; each gets whether its relay has answered.
         self._waiting: dict[str, list[AsyncResult]] = {}
-        self._reminders = Reminders(self._ask)
+        self._reminders = Reminders(lambda user, session: self._ask(user, session, _END_TIMEOUT))
         self._refused = ""
         self._greenlets: list[gevent.Greenlet] = []
 
@@ -109,7 +109,7 @@ class RelayQueue:
             return
         until = time.monotonic() + _END_TIMEOUT
         self._can_send.wait(_BACK_TIMEOUT)
-        if self._ask(user, session):
+        if self._ask(user, session, max(0.0, until - time.monotonic())):
             return
         ended = self._reminders.add(incarnation, user, session)
         left = min(_BACK_TIMEOUT, until - time.monotonic())
@@ -120,16 +120,17 @@ class RelayQueue:
             finally:
                 given_back.kill()
 
-    def _ask(self, user: str, session: str) -> bool:
+    def _ask(self, user: str, session: str, timeout: float) -> bool:
         """Ask the relay of a session to end it; block until it answers, and tell whether it has.
 
-        Returns early where it has no queue, or nothing can be sent to it or heard of it.
+        Blocks for `timeout` seconds at most. Returns early where it has no queue, or nothing can be sent to it or
+        heard of it.
         """
         answer: AsyncResult = AsyncResult()
         self._waiting.setdefault(session, []).append(answer)
         try:
             is_sent = self._send(_QUEUE + session[10:20], "end", session, user=user)
-            return is_sent and self._receiver is not None and bool(answer.wait(_END_TIMEOUT))
+            return is_sent and self._receiver is not None and bool(answer.wait(timeout))
         finally:
             waiting = self._waiting[session]
             waiting.remove(answer)

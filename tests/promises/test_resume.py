@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 
@@ -482,6 +483,24 @@ def test_a_relay_without_a_channel_waits_for_it_before_it_asks(
     eventually(lambda: near._sender is None, sleep=gevent.sleep)
     near.end_session("ann", f"01M86BASS1{incarnation}000000")
     eventually(lambda: far_ends.asked, sleep=gevent.sleep)
+
+
+def test_a_handshake_waits_two_seconds_in_all(
+    pair: list[tuple[RelayQueue, Ends, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was waited for a channel to ask on is no longer waited for the answer."""
+    monkeypatch.setattr(relay_queue, "_END_TIMEOUT", 2.0)
+    monkeypatch.setattr(relay_queue, "_BACK_TIMEOUT", 1.5)
+    (near, _, _), (far, far_ends, incarnation) = pair
+    may_answer = gevent.event.Event()
+    far._end_here = lambda *arguments: (far_ends(*arguments), may_answer.wait())[0]
+    near._can_send = gevent.event.Event()
+    gevent.spawn_later(1.4, near._can_send.set)
+    began = time.monotonic()
+    near.end_session("ann", f"01M86BASS1{incarnation}000000")
+    assert 1.9 < time.monotonic() - began < 2.8
+    assert far_ends.asked
+    may_answer.set()
 
 
 # -- a relay that has lost its link --------------------------------------------------------------------------
