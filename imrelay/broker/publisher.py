@@ -306,9 +306,12 @@ class Publisher:
         while not self._stopped:
             gevent.sleep(_SWEEP)
             if self._ledger.expire():  # while the broker is away, what has been answered must not pile up
-                left = [publication for publication in self._queue if not publication.done]
+                queued = list(self._queue)
                 self._queue.clear()
-                self._queue.extend(left)
+                self._queue.extend(publication for publication in queued if not publication.done)
+                for publication in queued:
+                    if publication.done:
+                        self._routes.skip(publication)
                 self._routes.prune()
                 self._refusals.prune()
                 self._forget_overdue()

@@ -156,8 +156,11 @@ class Routes:
             return
         assert route.inbox is not None
         is_met = route.state is not RouteState.FOUND or self._known.find(route.user) is not None
-        if self._topology.is_replicated and not is_met and route.waiting:
-            self._requeue([route.pop_alone()])
+        if self._topology.is_replicated and not is_met:
+            if route.waiting:
+                self._requeue([route.pop_alone()])
+            else:
+                del self.by_user[route.user]
             return
         del self.by_user[route.user]
         self._known.remember(route.user, route.inbox)

@@ -13,6 +13,7 @@ import pytest
 
 from imrelay.broker import inbox_check
 from imrelay.broker.channel import Channel
+from imrelay.broker.connection import ConnectionState
 from imrelay.broker.inbox_check import InboxCheck
 from imrelay.broker.route import Route
 from imrelay.errors import BrokerUnavailable, RecipientUnknown
@@ -288,6 +289,31 @@ def test_each_state_of_a_route_is_logged(
         assert not sender.publisher._routes.by_user
     changes = [record.args for record in caplog.records if record.name == "imrelay.broker.route"]
     assert [change[1] for change in changes if isinstance(change, tuple)] == states
+
+
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_a_message_that_expires_before_it_is_handed_over_is_in_nobodys_way(
+    broker: VirtualHost, queue_type: str
+) -> None:
+    """Where the broker raises an alarm when the inbox was just made sure of, the next message goes after it."""
+    with running_publisher(broker.url, inbox=InboxConfig(queue_type=queue_type), timeout=1) as sender:
+        publisher = sender.publisher
+        checked = publisher._routes.checked
+
+        def block(route: Route, outcome: inbox_check.Outcome) -> None:
+            publisher._connection._set_state(ConnectionState.BLOCKED, "an alarm")
+            checked(route, outcome)
+
+        publisher._routes.checked = block  # type: ignore[method-assign]
+        sender.send("ben", "m1")
+        error = sender.wait()["m1"]
+        assert isinstance(error, BrokerUnavailable)
+        assert not error.uncertain
+        publisher._routes.checked = checked  # type: ignore[method-assign]
+        publisher._connection._set_state(ConnectionState.OPEN)
+        sender.send("ben", "m2")
+        assert sender.wait()["m2"] is None
+        assert not publisher._routes.by_user
 
 
 def test_one_inbox_that_does_not_answer_holds_up_nobody_else(
