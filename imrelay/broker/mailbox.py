@@ -51,7 +51,7 @@ class Mailbox(Bell):
     `take` may be called in the event loop.
     """
 
-    __slots__ = ("_closed", "_items", "_taken", "answer_bytes", "budget", "on_empty", "size")
+    __slots__ = ("_closed", "_fault", "_items", "_taken", "answer_bytes", "budget", "on_empty", "size")
 
     def __init__(self, budget: int = 1_048_576) -> None:
         super().__init__()
@@ -63,6 +63,8 @@ class Mailbox(Bell):
         self._taken = 0
         self._items: list[Delivery | bytes] = []
         self._closed = False
+        #: What `fail` was given.
+        self._fault: Exception | None = None
         #: Bytes of the answers that wait.
         self.answer_bytes = 0
 
@@ -94,10 +96,15 @@ class Mailbox(Bell):
         self._closed = True
         self.ring()
 
+    def fail(self, fault: Exception) -> None:
+        """End it because a delivery could not be added: who takes gets this exception next."""
+        self._fault = fault
+        self.close()
+
     def take(self) -> list[Delivery | bytes]:
         """Block until there is something, and return all of it; an empty list once it is closed and empty.
 
-        Whoever takes again has written what was taken before.
+        Whoever takes again has written what was taken before. Raises what `fail` was given.
         """
         self.size -= self._taken
         self._taken = 0
@@ -105,6 +112,9 @@ class Mailbox(Bell):
             self.on_empty()
         while not self._items and not self._closed:
             self.wait()
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise fault
         items, self._items = self._items, []
         self._taken = self.size
         self.answer_bytes = 0

@@ -188,17 +188,20 @@ class Subscription:
             self.acks.ack_copies(self._live.pop_taken(self._overflow))
 
     def on_delivery(self, delivery: Delivery) -> None:
-        """Take a delivery, in the event loop."""
+        """Take a delivery, in the event loop. A fault ends the mailbox, and not the connection of many others."""
         channel = self._channel
         if channel is None:
             return
         self._newest = delivery.tag
         delivery.channel = channel
         mailbox = self._mailbox
-        if self._is_smooth and mailbox.size + len(delivery.body) < mailbox.budget:
-            mailbox.deliver(delivery)
-        else:
-            self._sort(channel, delivery)
+        try:
+            if self._is_smooth and mailbox.size + len(delivery.body) < mailbox.budget:
+                mailbox.deliver(delivery)
+            else:
+                self._sort(channel, delivery)
+        except Exception as exc:
+            mailbox.fail(exc)
 
     def _sort(self, channel: Channel, delivery: Delivery) -> None:
         """Deliver, set aside or refuse a delivery, in the event loop."""

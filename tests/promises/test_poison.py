@@ -1,4 +1,4 @@
-"""A message that the relay cannot write is discarded and logged, and ends no session."""
+"""A message that the relay cannot write is discarded and ends no session; one that it cannot take ends its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gevent
 import pytest
 
 from imrelay.broker.connection import Connection
-from imrelay.broker.mailbox import Delivery
+from imrelay.broker.mailbox import Delivery, Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.sessions import subprotocols
@@ -33,13 +33,15 @@ class Socket:
     def __init__(self, subprotocol: str | None) -> None:
         self.subprotocol = subprotocol
         self.written: list[bytes] = []
+        self.codes: list[int] = []
 
     def send_messages(self, frames: list[tuple[bytes, bool]]) -> None:
         """Note what is written."""
         self.written += [payload for payload, _ in frames]
 
     def close(self, code: int = 1000, reason: str = "", *, wait: bool = True) -> None:
-        """End it."""
+        """Note with what it is ended."""
+        self.codes.append(code)
 
 
 @pytest.fixture
@@ -55,6 +57,31 @@ def pool(broker: VirtualHost) -> Iterator[ConsumerPool]:
     with gevent.Timeout(PATIENCE * 3):
         yield made
     made.stop()
+
+
+def run_session(
+    pool: ConsumerPool, user: str, subprotocol: str | None
+) -> tuple[Session, Socket, gevent.Greenlet]:
+    """Return a session that consumes, its socket, and the greenlet that runs it."""
+    nothing = dict.fromkeys(("join", "leave", "register", "forget"), lambda session: None)
+    registry = SimpleNamespace(**nothing, is_draining=False)
+    mids = SimpleNamespace(next=lambda: ("session", 0))
+    limits = WebSocketConfig()
+    services = Services(
+        cast(Any, registry),
+        pool,
+        publisher=cast(Any, None),
+        mids=cast(Any, mids),
+        relays=cast(Any, None),
+        limits=limits,
+        node_envelope=True,
+        remembered=100,
+    )
+    session = Session(user, services)
+    session.consume()
+    assert session.wait_attached(PATIENCE)
+    socket = Socket(subprotocol)
+    return session, socket, gevent.spawn(session.run, socket)
 
 
 @pytest.mark.parametrize("subprotocol", [None, "imrelay.v1"])
@@ -74,25 +101,7 @@ def test_a_message_that_cannot_be_written_ends_no_session(
 
     monkeypatch.setattr(subprotocols.Plain, "_unpack", unpack)
     user = f"poisoned {subprotocol}"
-    nothing = dict.fromkeys(("join", "leave", "register", "forget"), lambda session: None)
-    registry = SimpleNamespace(**nothing, is_draining=False)
-    mids = SimpleNamespace(next=lambda: ("session", 0))
-    limits = WebSocketConfig()
-    services = Services(
-        cast(Any, registry),
-        pool,
-        publisher=cast(Any, None),
-        mids=cast(Any, mids),
-        relays=cast(Any, None),
-        limits=limits,
-        node_envelope=True,
-        remembered=100,
-    )
-    session = Session(user, services)
-    session.consume()
-    assert session.wait_attached(PATIENCE)
-    socket = Socket(subprotocol)
-    running = gevent.spawn(session.run, socket)
+    session, socket, running = run_session(pool, user, subprotocol)
     with amqp(broker.url) as channel:
         channel.exchange_declare("imrelay.dead", "fanout")
         channel.queue_declare("dead")
@@ -114,3 +123,33 @@ def test_a_message_that_cannot_be_written_ends_no_session(
     running.join()
     left = 2 if subprotocol else 0
     eventually(lambda: broker.queues()[f"inbox.{user}"]["messages"] == left, PATIENCE, sleep=gevent.sleep)
+
+
+def test_a_delivery_that_cannot_be_taken_ends_that_session_and_no_other(
+    pool: ConsumerPool, broker: VirtualHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ends with 1011 and a traceback in the log; others that share its connection do not notice."""
+    deliver = Mailbox.deliver
+
+    def fail(self: Mailbox, delivery: Delivery) -> None:
+        if b"poison" in delivery.body:
+            raise RuntimeError("it cannot be taken")
+        deliver(self, delivery)
+
+    monkeypatch.setattr(Mailbox, "deliver", fail)
+    session, socket, running = run_session(pool, "poisoned", None)
+    other, other_socket, other_running = run_session(pool, "other", None)
+    adapter = pool._connections[0]._adapter
+    with amqp(broker.url) as channel:
+        for user, body in (("poisoned", b'"before"'), ("poisoned", b'"poison"'), ("other", b'"after"')):
+            channel.basic_publish("direct_message", user, body, mandatory=True)
+    running.join(PATIENCE)
+    assert socket.codes[0] == 1011
+    assert session.state is SessionState.CLOSED
+    assert "RuntimeError: it cannot be taken" in caplog.text
+    eventually(lambda: other_socket.written == [b'"after"'], PATIENCE, sleep=gevent.sleep)
+    assert other.state is SessionState.OPEN
+    assert pool._connections[0]._adapter is adapter
+    eventually(lambda: broker.queues()["inbox.poisoned"]["messages_ready"] >= 1, PATIENCE, sleep=gevent.sleep)
+    other.close()
+    other_running.join()
