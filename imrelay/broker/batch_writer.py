@@ -117,8 +117,9 @@ class BatchWriter:
         inbox = self._known.find(user)
         if inbox is not None and inbox.until > now:
             return inbox
-        # nothing is under way to somebody of whom nothing is known on this channel
-        self._routes.begin(publication, 0 if inbox is None else self._unconfirmed.count(user))
+        # nothing is under way to somebody of whom nothing was ever known on this channel
+        is_new = inbox is None and not self._known.has_forgotten
+        self._routes.begin(publication, 0 if is_new else self._unconfirmed.count(user))
         return None
 
     def _encode_method(self, inbox: KnownInbox, user: str) -> bytes:

@@ -29,9 +29,11 @@ class KnownInbox:
 class KnownInboxes:
     """The inboxes that were found over one channel, in two generations: one look-up per message."""
 
-    __slots__ = ("_older", "recent")
+    __slots__ = ("_older", "has_forgotten", "recent")
 
     def __init__(self) -> None:
+        #: Whether some that were known on this channel were forgotten: messages to them may still be under way.
+        self.has_forgotten = False
         self.recent: dict[str, KnownInbox] = {}
         self._older: dict[str, KnownInbox] = {}
 
@@ -47,6 +49,7 @@ class KnownInboxes:
     def remember(self, user: str, inbox: KnownInbox) -> None:
         """Note an inbox; what was not used for longest is forgotten."""
         if len(self.recent) >= _REMEMBERED:
+            self.has_forgotten = self.has_forgotten or bool(self._older)
             self._older, self.recent = self.recent, {}
         self.recent[user] = inbox
 
@@ -59,3 +62,4 @@ class KnownInboxes:
         """Forget all: on another channel the method frames differ, and on another node the inboxes may."""
         self.recent = {}
         self._older = {}
+        self.has_forgotten = False

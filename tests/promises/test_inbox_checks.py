@@ -11,7 +11,7 @@ import gevent
 import pika
 import pytest
 
-from imrelay.broker import inbox_check
+from imrelay.broker import inbox_check, known_inboxes
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import ConnectionState
 from imrelay.broker.inbox_check import InboxCheck
@@ -388,3 +388,25 @@ def test_an_inbox_that_confirms_nothing_holds_up_nobody_else(broker: VirtualHost
             for number in range(5):
                 sender.send("well", f"w{number}")
             assert set(list(sender.wait(27).values())[-5:]) == {None}
+
+
+def test_a_user_who_was_forgotten_while_messages_were_under_way_is_reached_again(
+    broker: VirtualHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an inbox confirms late, after so many others were written to, keeps no later message from it."""
+    monkeypatch.setattr(known_inboxes, "_REMEMBERED", 2)
+    with running_publisher(broker.url, timeout=3) as sender:
+        sender.send("slow", "first")
+        assert sender.wait() == {"first": None}
+        with suspended_queue(broker, "inbox.slow"):
+            sender.send("slow", "under way")
+            for number in range(4):
+                sender.send(f"other {number}", f"m{number}")
+            sender.wait(5)
+            assert sender.publisher._known.find("slow") is None
+            sender.send("slow", "waits")
+            eventually(lambda: "slow" in sender.publisher._routes.by_user, PATIENCE, sleep=gevent.sleep)
+        sender.wait()
+        sender.send("slow", "last")
+        assert sender.wait()["last"] is None
+        assert not sender.publisher._routes.by_user
