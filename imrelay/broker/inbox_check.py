@@ -16,6 +16,7 @@ from gevent.lock import Semaphore
 
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import Connection
+from imrelay.broker.hanging_inboxes import HangingInboxes
 from imrelay.broker.inbox_opening import inbox_exists, methods_for, open_inbox
 from imrelay.broker.known_inboxes import KnownInbox
 from imrelay.broker.mailbox import Bell
@@ -73,6 +74,7 @@ class InboxCheck:
         self._bell = Bell()
         #: Stays open for all batches, until the broker refuses one.
         self._channel: Channel | None = None
+        self._hanging = HangingInboxes(connection)
         self._parallel = Semaphore(_PARALLEL)
         self._parallel_again = Semaphore(_PARALLEL)
         #: Users of one request: fewer after a refusal, which costs a channel, where most of them may be unknown.
@@ -103,8 +105,9 @@ class InboxCheck:
                 self._bell.wait()
                 continue
             asked = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH))]
-            self._spawn_parts([one for one in asked if one.failures], 1)  # apart, so that they delay no others
-            batch = [one for one in asked if not one.failures]
+            doubtful = [one for one in asked if one.failures or one.user in self._hanging]
+            self._spawn_parts(doubtful, 1)  # lest they hold up the others
+            batch = [one for one in asked if one not in doubtful]
             if not batch:
                 continue
             if self._topology.is_replicated or self._size == 1 or self._size < len(batch):
@@ -154,8 +157,7 @@ class InboxCheck:
         try:
             with self._parallel_again if part[0].failures else self._parallel:
                 if len(part) == 1:
-                    with gevent.Timeout(_BATCH_TIMEOUT):
-                        self._check_one(part[0])
+                    self._check_one(part[0])
                     return
                 channel = Channel(self._connection)
                 try:
@@ -169,14 +171,29 @@ class InboxCheck:
                 self._fail(part, exc)
 
     def _check_one(self, route: Route) -> None:
-        """Check one user, on a channel for each attempt."""
+        """Check one user as thoroughly as it takes."""
+        self._hanging.check(route.user)
+        channels: list[Channel] = []
+
+        def new_channel() -> Channel:
+            channels.append(Channel(self._connection))
+            return channels[-1]
+
+        try:
+            with gevent.Timeout(_BATCH_TIMEOUT):
+                self._on_checked(route, self._find_one(route, new_channel))
+        except gevent.Timeout:
+            for channel in channels[-1:]:
+                self._hanging.add(route.user, channel)
+            raise
+
+    def _find_one(self, route: Route, new_channel: Callable[[], Channel]) -> KnownInbox | None:
         asked_at = self._clock()
-        if not self._create and not inbox_exists(self._connection, self._topology, route.user):
-            self._on_checked(route, None)
-            return
-        keep, expires = open_inbox(self._connection, self._topology, route.user)
+        if not self._create and not inbox_exists(new_channel, self._topology, route.user):
+            return None
+        keep, expires = open_inbox(new_channel, self._topology, route.user)
         self._size = min(self._size * 2, self._largest)
-        self._on_checked(route, self._known_inbox(asked_at, keep, expires))
+        return self._known_inbox(asked_at, keep, expires)
 
     def _known_inbox(self, asked_at: float, keep: Keep, expires: float | None) -> KnownInbox:
         if expires is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gevent.event import AsyncResult
 from pika.amqp_object import Method
@@ -37,9 +37,9 @@ def methods_for(topology: Topology, users: Iterable[tuple[str, Keep]], *, create
     return methods
 
 
-def inbox_exists(connection: Connection, topology: Topology, user: str) -> bool:
+def inbox_exists(new_channel: Callable[[], Channel], topology: Topology, user: str) -> bool:
     """Tell whether the user has an inbox; blocks for one round trip. Raises `ChannelLost`."""
-    channel = Channel(connection)
+    channel = new_channel()
     try:
         channel.call(topology.ask_inbox(user))
     except ChannelLost as exc:
@@ -52,15 +52,15 @@ def inbox_exists(connection: Connection, topology: Topology, user: str) -> bool:
     return True
 
 
-def open_inbox(connection: Connection, topology: Topology, user: str) -> tuple[Keep, float | None]:
-    """Declare and bind the user's inbox, or accept the one that is there with whatever arguments.
+def open_inbox(new_channel: Callable[[], Channel], topology: Topology, user: str) -> tuple[Keep, float | None]:
+    """Declare and bind the user's inbox, or find it standing with whatever arguments.
 
     Returns what of it is accepted as it stands, and its `x-expires` in seconds where that differs from the
     topology's (0: never; None: the same). Raises `ChannelLost`.
     """
     expires: float | None = None
     for keep in AS_IT_STANDS:
-        channel = Channel(connection)
+        channel = new_channel()
         try:
             channel.call(*topology.declare_user(user, keep), topology.ask_inbox(user))
             return keep, expires

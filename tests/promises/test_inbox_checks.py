@@ -11,7 +11,7 @@ import gevent
 import pika
 import pytest
 
-from imrelay.broker import inbox_check, known_inboxes
+from imrelay.broker import inbox_check, known_inboxes, routes
 from imrelay.broker.channel import Channel
 from imrelay.broker.connection import ConnectionState
 from imrelay.broker.inbox_check import InboxCheck
@@ -410,3 +410,31 @@ def test_a_user_who_was_forgotten_while_messages_were_under_way_is_reached_again
         sender.send("slow", "last")
         assert sender.wait()["last"] is None
         assert not sender.publisher._routes.by_user
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_an_inbox_that_does_not_answer_takes_few_channels(
+    broker: VirtualHost, monkeypatch: pytest.MonkeyPatch, is_alone: bool
+) -> None:
+    """However often it is asked for, its channels, which the broker does not end, leave those that others need."""
+    monkeypatch.setattr(inbox_check, "_BATCH_TIMEOUT", 0.3)
+    monkeypatch.setattr(routes, "_LONGEST_PAUSE", 0.05)
+    clock, asked = Clock(), []
+    ask = InboxCheck.ask
+    monkeypatch.setattr(InboxCheck, "ask", lambda self, route: (asked.append(route.user), ask(self, route)))
+    with running_publisher(broker.url, clock=clock, timeout=4 if is_alone else 1) as sender:
+        sender.send("stuck", "first")
+        sender.wait()
+        with suspended_queue(broker, "inbox.stuck"):
+            clock.now += 100  # what is known is out of date
+            number = 0
+            while asked.count("stuck") < 8:
+                number += 1
+                sender.send("stuck", f"s{number}")
+                if not is_alone:
+                    sender.send(f"user {number}", f"u{number}")
+                sender.wait()
+            assert sender.publisher.connection.channels < 8
+        eventually(lambda: sender.publisher.connection.channels <= 2, PATIENCE, sleep=gevent.sleep)
+        sender.send("stuck", "last")
+        assert sender.wait()["last"] is None
