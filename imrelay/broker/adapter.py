@@ -25,7 +25,6 @@ from typing import Any
 
 import gevent
 import pika
-from gevent.socket import wait_write
 from pika.exceptions import AMQPError, ConnectionOpenAborted, StreamLostError
 from pika.tcp_socket_opts import set_sock_opts
 
@@ -37,8 +36,8 @@ __all__ = ["Adapter"]
 
 logger = logging.getLogger(__name__)
 
-#: Event of libev's io watchers: the descriptor is readable.
-_READ = 1
+#: Events of libev's io watchers: the descriptor is readable; it is writable.
+_READ, _WRITE = 1, 2
 #: Seconds for which replies that nobody waits for are left in the kernel, and bytes that end this earlier: see
 #: `expect`.
 _READ_DELAY, _READ_AT_ONCE = 0.005, 16_384
@@ -223,9 +222,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
             while not self._is_ending:
                 # what came before a write failed usually says why: it is read first
                 if self._write_error is None and not (stream.is_tls and stream.has_decrypted):
-                    self._is_waiting = True
-                    self._hub.switch()
-                    self._is_waiting = False
+                    self._wait()
                 left = READ_SIZE
                 while left > 0 and not self._is_ending:
                     size = self._read_once(stream)
@@ -235,6 +232,12 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
             self._is_waiting = False
             self._reader.stop()
             self._reader.close()
+
+    def _wait(self) -> None:
+        """Block until a watcher or `_wake` switches back."""
+        self._is_waiting = True
+        self._hub.switch()
+        self._is_waiting = False
 
     def _read_once(self, stream: Stream) -> int:
         """Take what has arrived and return how much it was, in bytes."""
@@ -254,9 +257,15 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         return 0
 
     def _wait_writable(self, stream: Stream) -> None:
-        """Block until the socket is writable; what comes meanwhile is read afterwards."""
+        """Block until the socket is writable or the connection is to end; what comes meanwhile is read afterwards."""
         self._reader.stop()
-        wait_write(stream.fileno())
+        writer = self._hub.loop.io(stream.fileno(), _WRITE)
+        writer.start(self._greenlet.switch)
+        try:
+            self._wait()
+        finally:
+            writer.stop()
+            writer.close()
         self._reader.start(self._greenlet.switch)
 
     def _wake(self) -> None:

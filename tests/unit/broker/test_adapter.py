@@ -311,6 +311,36 @@ def test_a_write_that_fails_ends_the_connection(monkeypatch: pytest.MonkeyPatch)
         assert len(writes) == 1
 
 
+def test_a_read_that_waits_to_write_can_be_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TLS reads only when the kernel has taken something, a broker that reads nothing does not hold it."""
+    may_send = threading.Event()
+
+    def send_and_freeze(peer: FakeConnection) -> None:
+        peer.open()
+        may_send.wait(PATIENCE)
+        peer.sock.sendall(frame.Heartbeat().marshal())
+        is_over.wait(PATIENCE)
+
+    def receive(stream: Stream) -> None:
+        stream.wants_to_write = True
+        waits.set()
+
+    waits, is_over = Event(), threading.Event()
+    with FakeBroker(send_and_freeze, buffer=4096) as broker, Opened(broker.url) as connection:
+        assert connection.wait_open(PATIENCE)
+        channel = Channel(connection)
+        channel._outbound.emit_now(b"x" * 8_000_000)
+        assert channel.has_unsent
+        monkeypatch.setattr(Stream, "receive", receive)
+        may_send.set()
+        assert waits.wait(PATIENCE)
+        monkeypatch.undo()
+        assert connection._adapter is not None
+        connection._adapter.abort(ConnectionError("it is frozen"))
+        assert channel.wait_ended(2)
+        is_over.set()
+
+
 def test_large_messages_of_two_channels_arrive_whole(tls: TlsContexts) -> None:
     """A message of several body frames is put together, whatever comes between its frames or is in its headers."""
     body = os.urandom(400_000)
