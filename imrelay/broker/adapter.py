@@ -257,7 +257,7 @@ class Adapter(pika.connection.Connection):  # type: ignore[misc]
         return 0
 
     def _wait_writable(self, stream: Stream) -> None:
-        """Block until the socket is writable or the connection is to end; what comes meanwhile is read afterwards."""
+        """Block until the socket is writable or the connection is to end; the rest is read afterwards."""
         self._reader.stop()
         writer = self._hub.loop.io(stream.fileno(), _WRITE)
         writer.start(self._greenlet.switch)

@@ -43,8 +43,7 @@ _REPLIES: dict[type[Method], type[Method]] = {
     spec.Queue.Unbind: spec.Queue.UnbindOk,
 }
 
-#: Seconds for the broker to answer all methods of one `call`. A declare may hang for ever, at a queue whose leader
-#: is lost, while the connection lives.
+#: Seconds for the broker to answer all methods of one `call`; at a queue without its leader a declare may hang.
 ANSWER_TIMEOUT = 30.0
 #: Shared by all channels that await no answer, to save memory: there is a channel for each socket.
 _NO_REPLIES: list[Method] = []

@@ -76,6 +76,11 @@ class LiveQueue:
                 return
             gevent.sleep(pause)
 
+    def leave(self, channel: Channel) -> None:
+        """Unbind it, before its channel is closed; may be called in the event loop."""
+        if self.unbind is not None and not self.is_ending:
+            channel.send(self.unbind)
+
     def drain(self, channel: Channel, deliver: Callable[[Sequence[Delivery]], None]) -> None:
         """Block until it is empty, and delete it; `deliver` gets what was set aside, so that the rest can come.
 

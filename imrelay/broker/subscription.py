@@ -75,10 +75,8 @@ class Subscription:
         self._live: LiveQueue | None = None
         #: Whether what the inbox brings and there is no room for is sent back to it, to come again in its order.
         self._sends_back = True
-        #: What came from the inbox and had no room.
-        self._overflow = Overflow()
-        #: Whether the state is `ACTIVE`, so that a delivery has nothing to do but to go to the mailbox: each looks
-        #: at this, which is cheaper than the state.
+        self._overflow = Overflow()  # what came from the inbox and had no room
+        #: Whether the state is `ACTIVE`, for each delivery to look at: it goes to the mailbox then.
         self._is_smooth = False
         #: The delivery tag that came last; 0 while none has come.
         self._newest = 0
@@ -163,9 +161,8 @@ class Subscription:
         """
         self._ack_copies()
         self.acks.stop()
-        live = self._live
-        if self._channel is not None and live is not None and live.unbind is not None and not live.is_ending:
-            self._channel.send(live.unbind)
+        if self._channel is not None and self._live is not None:
+            self._live.leave(self._channel)
         self._channel = None
         self._live = None
         if self.state is not ConsumerState.CLOSED:

@@ -371,6 +371,7 @@ def test_what_is_sent_after_onopen_reaches_that_socket(host: HookedRelay) -> Non
     """Though the request is over before the session attaches, a message that follows the 101 comes at once."""
     with Browser(host, "sender") as sender:
         for number in range(20):
-            with Browser(host, "ann") as first, Browser(host, "ann") as second:
-                text = sender.say("ann", number)
+            user = f"ann{number}"  # to one who comes back while others leave, a message may come again
+            with Browser(host, user) as first, Browser(host, user) as second:
+                text = sender.say(user, number)
                 assert [first.receive(), second.receive()] == [text, text]

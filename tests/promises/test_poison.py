@@ -59,9 +59,7 @@ def pool(broker: VirtualHost) -> Iterator[ConsumerPool]:
     made.stop()
 
 
-def run_session(
-    pool: ConsumerPool, user: str, subprotocol: str | None
-) -> tuple[Session, Socket, gevent.Greenlet]:
+def run_session(pool: ConsumerPool, user: str, subprotocol: str | None) -> tuple[Session, Socket, gevent.Greenlet]:
     """Return a session that consumes, its socket, and the greenlet that runs it."""
     nothing = dict.fromkeys(("join", "leave", "register", "forget"), lambda session: None)
     registry = SimpleNamespace(**nothing, is_draining=False)

@@ -315,7 +315,7 @@ def test_a_read_that_waits_to_write_can_be_ended(monkeypatch: pytest.MonkeyPatch
     """Where TLS reads only when the kernel has taken something, a broker that reads nothing does not hold it."""
     may_send = threading.Event()
 
-    def send_and_freeze(peer: FakeConnection) -> None:
+    def send_and_freeze(peer: BrokerSide) -> None:
         peer.open()
         may_send.wait(PATIENCE)
         peer.sock.sendall(frame.Heartbeat().marshal())

@@ -34,8 +34,11 @@ class ScriptedChannel:
         #: What the next looks at the inbox tell; the last one again and again.
         self.consumers = list(consumers)
         self.looks = 0
+        #: All that was sent, in order.
+        self.sent: list[Method] = []
 
     def call(self, *methods: Method) -> list[Any]:
+        self.sent += methods
         return [self._answer(method) for method in methods if not getattr(method, "nowait", False)]
 
     def _answer(self, method: Method) -> object:
@@ -47,6 +50,10 @@ class ScriptedChannel:
 
     def ack(self, tag: int, **how: bool) -> None:
         """Take note of nothing."""
+
+    def send(self, method: Method) -> None:
+        """Note what has no answer that is waited for."""
+        self.sent.append(method)
 
 
 class Beginning:
@@ -133,3 +140,30 @@ def test_a_further_socket_gets_messages_at_once() -> None:
     one = Beginning(1, 2)
     one.deliver(LIVE_TAG, 5)
     assert one.came == [5]
+
+
+def unbound(one: Beginning) -> list[tuple[str, str, str]]:
+    """Return what was unbound: queue, exchange, key."""
+    found = [method for method in one.channel.sent if isinstance(method, spec.Queue.Unbind)]
+    return [(method.queue, method.exchange, method.routing_key) for method in found]
+
+
+def test_a_live_queue_is_unbound_before_its_channel_ends() -> None:
+    """RabbitMQ refuses a message that it routes to a queue which is just gone, though the inbox has taken it."""
+    one = Beginning(1, 2)
+    assert unbound(one) == []
+    one.subscription.close(for_good=True)
+    assert unbound(one) == [("live", "user.ann", "#")]
+
+
+def test_a_live_queue_is_unbound_once_before_it_is_deleted() -> None:
+    """When its socket is promoted; closing the socket then does not unbind it again."""
+    one = Beginning(1, 2)
+    one.deliver(INBOX_TAG, 1)
+    eventually(lambda: one.came, PATIENCE, sleep=gevent.sleep)
+    kinds = (spec.Queue.Unbind, spec.Basic.Cancel)
+    unbind, cancel = (method for method in one.channel.sent if isinstance(method, kinds))
+    assert isinstance(unbind, spec.Queue.Unbind)
+    assert isinstance(cancel, spec.Basic.Cancel)
+    one.subscription.close(for_good=True)
+    assert len(unbound(one)) == 1
