@@ -9,8 +9,9 @@ from typing import Any, cast
 import gevent
 import pytest
 
+from imrelay.broker.codec import Delivery
 from imrelay.broker.connection import Connection
-from imrelay.broker.mailbox import Delivery, Mailbox
+from imrelay.broker.mailbox import Mailbox
 from imrelay.broker.pool import ConsumerPool
 from imrelay.broker.topology import Topology
 from imrelay.sessions import subprotocols

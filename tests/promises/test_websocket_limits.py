@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.websocket_peer import BINARY, CONTINUATION, PING, TEXT, Peer, frame, running_server
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 10_000
 
 
