@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_settings(command: argparse.ArgumentParser, *, as_table: bool) -> None:
     """Give a command an option for each setting; its `--help` lists the options, or has the table of settings."""
     if as_table:
-        width = shutil.get_terminal_size().columns
+        width = shutil.get_terminal_size().columns or 80  # Python 3.10 says 0 of a terminal that has no size
         command.formatter_class = argparse.RawDescriptionHelpFormatter
         command.usage = "imrelay check-config [-h] [--config FILE] [--SECTION-SETTING VALUE ...]"
         command.description = textwrap.fill(f"{command.description} {_NAMES}", width)
